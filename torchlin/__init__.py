@@ -1,0 +1,86 @@
+"""torchlin: linear classifiers in PyTorch.
+
+Heads, losses with hand-written gradients and penalties load with `import torchlin`; what needs Lightning, torchvision
+or matplotlib loads when its name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torchlin import functional
+from torchlin.heads import LinearHead, Standardization, absorb_bias, append_one, load_head, save_head, split_bias
+from torchlin.losses import (
+    LOSSES,
+    CrammerSingerLoss,
+    HingeLoss,
+    LogisticLoss,
+    Loss,
+    PerceptronLoss,
+    SoftmaxLoss,
+    SquaredHingeLoss,
+)
+from torchlin.objective import Objective
+from torchlin.optim import apply_penalty
+from torchlin.penalties import L1, L2, PENALTIES, ElasticNet, Penalty
+from torchlin.registry import nearest
+from torchlin.solvers import gradient_descent
+
+if TYPE_CHECKING:
+    from torchlin import data, report
+    from torchlin.classifier import DivergenceError, LinearClassifier
+    from torchlin.run import RunFolder
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LinearClassifier": "torchlin.classifier",
+    "DivergenceError": "torchlin.classifier",
+    "RunFolder": "torchlin.run",
+}
+_LAZY_MODULES = ("data", "report")
+
+__all__ = [
+    "L1",
+    "L2",
+    "LOSSES",
+    "PENALTIES",
+    "CrammerSingerLoss",
+    "DivergenceError",
+    "ElasticNet",
+    "HingeLoss",
+    "LinearClassifier",
+    "LinearHead",
+    "LogisticLoss",
+    "Loss",
+    "Objective",
+    "Penalty",
+    "PerceptronLoss",
+    "RunFolder",
+    "SoftmaxLoss",
+    "SquaredHingeLoss",
+    "Standardization",
+    "absorb_bias",
+    "append_one",
+    "apply_penalty",
+    "data",
+    "functional",
+    "gradient_descent",
+    "load_head",
+    "report",
+    "save_head",
+    "split_bias",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"torchlin.{name}")
+    raise AttributeError(f"module 'torchlin' has no attribute {name!r}{nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,333 @@
+"""Linear heads z = Wx + b, the bias trick, and the files a trained head is kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.registry import nearest
+
+Init = Literal["zeros", "normal", "linear"]
+FORMAT = 1
+
+
+class Standardization(NamedTuple):
+    """μ and σ of the features, (p,), in raw-input coordinates (pixels: x/255). σ is 1 for a constant feature."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class LinearHead(nn.Linear):
+    """A linear classifier z = Wx + b that returns raw scores; an `nn.Linear` with a classifier's manners.
+
+    Args:
+        in_features: p, the number of features.
+        num_classes: k, the number of scores (1 for the logistic loss: `loss.outputs(2)`).
+        bias: whether there is a b.
+        init: "zeros" (every loss here is convex, so no symmetry needs breaking), "normal" (standard deviation 0.01,
+            b = 0) or "linear" (that of `nn.Linear`).
+
+    Input (…, p) is taken as `nn.Linear` takes it; (n, …) with p numbers per sample is flattened from dimension 1, so
+    images can be fed as they are. uint8 input is pixels and is read as x/255. Output (…, k) or (n, k).
+
+    Attributes:
+        info: what `head.json` holds (class names, loss, input, metrics); empty for a head made by hand.
+
+    Raises:
+        ValueError: sizes below 1, an unknown init, input whose width does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        init: Init = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+            if size < 1:
+                raise ValueError(f"{name} is at least 1, got {size}")
+        if init not in ("zeros", "normal", "linear"):
+            raise ValueError(f"init is 'zeros', 'normal' or 'linear', got {init!r}")
+        self.init: Init = init
+        super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.info: dict[str, Any] = {}
+        self.holds_bias = False
+
+    @property
+    def num_classes(self) -> int:
+        return self.out_features
+
+    def reset_parameters(self) -> None:
+        if self.init == "linear":
+            super().reset_parameters()
+            return
+        with torch.no_grad():
+            self.weight.zero_() if self.init == "zeros" else self.weight.normal_(std=0.01)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def penalized(self, like_weight: Tensor) -> Tensor:
+        """The part of a tensor shaped like `weight` that a penalty may touch, as a view: never a bias."""
+        return like_weight[:, :-1] if self.holds_bias else like_weight
+
+    def features(self, x: Tensor) -> Tensor:
+        """Input as the rows the head multiplies: pixels divided by 255, samples flattened where needed."""
+        if x.dtype == torch.uint8:
+            x = x.to(self.weight.dtype) / 255
+        if x.dim() > 0 and x.shape[-1] == self.in_features:
+            return x
+        if x.dim() > 1 and math.prod(x.shape[1:]) == self.in_features:
+            return x.flatten(1)
+        raise ValueError(
+            f"the head has in_features={self.in_features}, which fits neither the last dimension of the input "
+            f"{tuple(x.shape)} nor the {math.prod(x.shape[1:])} numbers of each sample"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.features(x), self.weight, self.bias)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The class index of each sample: the largest score, or z > 0 for a head with a single score."""
+        scores = self(x)
+        return (scores[..., 0] > 0).long() if self.out_features == 1 else scores.argmax(-1)
+
+    @torch.no_grad()
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Class probabilities, (n, num_classes), by the loss that `info` names.
+
+        Raises:
+            TypeError: the loss is not known, or defines no probabilities (the hinge family).
+        """
+        if "loss" not in self.info:
+            raise TypeError(
+                "this head does not know the loss it was trained with (head.info has no 'loss'): "
+                "use loss.probabilities(scores), for example SoftmaxLoss().probabilities(head(x))"
+            )
+        return LOSS_REGISTRY.make(self.info["loss"]).probabilities(self(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.out_features}, bias={self.bias is not None}"
+
+
+class StandardizedHead(LinearHead):
+    """A head whose parameters live in standardised coordinates x̃ = (x − μ)/σ and whose input is raw.
+
+    The scores W̃x̃ + b̃ are computed as (W̃/σ) x + (b̃ − (W̃/σ) μ): the standardisation is folded into the weights at
+    every step and never applied to the data, whose gradient reaches W̃ through the fold. `fold` hands out the raw head.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, bias: bool = True, init: Init = "zeros") -> None:
+        super().__init__(in_features, num_classes, bias, init)
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("std", torch.ones(in_features))
+
+    @torch.no_grad()
+    def restandardize(self, standardization: Standardization) -> None:
+        """Move the parameters to other coordinates; the scores of every input stay what they are."""
+        mean, std = (t.to(self.mean) for t in standardization)
+        if mean.shape != self.mean.shape or std.shape != self.std.shape:
+            raise ValueError(
+                f"standardization of {tuple(mean.shape)} features for a head with in_features={self.in_features}"
+            )
+        if self.bias is None and bool((mean != 0).any()):
+            raise ValueError("centring needs a bias: use bias=True, or a standardization with mean 0")
+        raw = self.weight / self.std
+        if self.bias is not None:
+            self.bias += raw @ (mean - self.mean)
+        self.weight.copy_(raw * std)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) on raw input, differentiable in (W̃, b̃)."""
+        weight = self.weight / self.std
+        return weight, None if self.bias is None else self.bias - weight @ self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Folding is exact arithmetic on the parameters, so it stays in their precision under autocast too.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.folded()
+        return F.linear(self.features(x), weight, bias)
+
+    @torch.no_grad()
+    def fold(self) -> LinearHead:
+        """A plain `LinearHead` on raw input with the same scores."""
+        weight, bias = self.folded()
+        head = LinearHead(self.in_features, self.out_features, bias is not None, device=weight.device, dtype=weight.dtype)
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+        head.info = dict(self.info)
+        return head
+
+
+# The bias trick.
+
+
+@torch.no_grad()
+def absorb_bias(head: LinearHead) -> LinearHead:
+    """W' = [W b], (k, p + 1): a head without a bias, for samples that end in a 1 (`append_one`). Same scores.
+
+    A penalty still leaves the last column alone.
+    """
+    if head.bias is None:
+        raise ValueError("the head has no bias to absorb")
+    k, p = head.weight.shape
+    absorbed = LinearHead(p + 1, k, bias=False, device=head.weight.device, dtype=head.weight.dtype)
+    absorbed.weight.copy_(torch.cat((head.weight, head.bias.unsqueeze(1)), 1))
+    absorbed.holds_bias = True
+    return absorbed
+
+
+@torch.no_grad()
+def split_bias(head: LinearHead) -> LinearHead:
+    """The inverse of `absorb_bias`: the last column of W' becomes b again."""
+    if head.bias is not None:
+        raise ValueError("the head already has a bias apart from its weight")
+    k, p = head.weight.shape
+    split = LinearHead(p - 1, k, device=head.weight.device, dtype=head.weight.dtype)
+    split.weight.copy_(head.weight[:, :-1])
+    split.bias.copy_(head.weight[:, -1])
+    return split
+
+
+def append_one(x: Tensor) -> Tensor:
+    """[X 1]: every sample (…, p) gains a last feature 1."""
+    return torch.cat((x, x.new_ones((*x.shape[:-1], 1))), -1)
+
+
+# A head on disk: head.safetensors (weight, bias, and the mean and std that were folded in) and head.json.
+
+
+def save_head(
+    head: LinearHead,
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str],
+    loss: Loss | str | Mapping[str, Any],
+    standardization: Standardization | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `head.safetensors` and `head.json` into the folder `path`; each file replaces the old one whole.
+
+    Args:
+        head: acts on raw input (fold a standardised one first).
+        path: a folder; made if it does not exist.
+        class_names: in the order of the scores (two names for a head with a single score).
+        loss: what it was trained with, for `predict_proba`.
+        standardization: μ and σ that were folded into the head, kept for the record.
+        info: further entries of head.json (input, penalty, metrics, …): strings, numbers, lists and mappings.
+
+    Raises:
+        ValueError: the number of class names does not match the head.
+    """
+    from safetensors.torch import save
+
+    if isinstance(head, StandardizedHead):
+        head = head.fold()
+    loss = LOSS_REGISTRY.make(loss)
+    expected = loss.classes(head.out_features)
+    if len(class_names) != expected:
+        raise ValueError(f"{len(class_names)} class names for a head of {expected} classes under the {loss.name} loss")
+    tensors = {"weight": head.weight.detach()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()
+    if standardization is not None:
+        tensors |= {"mean": standardization.mean, "std": standardization.std}
+    document = {
+        **head.info,
+        **(info or {}),
+        "format": FORMAT,
+        "class_names": [str(name) for name in class_names],
+        "in_features": head.in_features,
+        "num_classes": expected,
+        "loss": LOSS_REGISTRY.spec(loss),
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(folder / "head.safetensors", save({k: v.cpu().contiguous() for k, v in tensors.items()}))
+    replace_file(folder / "head.json", text.encode())
+    return folder
+
+
+def load_head(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> LinearHead:
+    """The head of a run folder (or of any folder that `save_head` wrote), on raw input. Nothing is unpickled.
+
+    Args:
+        path: the folder, or the head.safetensors in it.
+        map_location: the device to put it on.
+
+    Raises:
+        FileNotFoundError: no such folder, or no head in it.
+        ValueError: a file that is damaged, of a newer format, or two files that do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    if folder.name == "head.safetensors":
+        folder = folder.parent
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise FileNotFoundError(f"{folder}: no such run folder{nearest(folder.name, siblings)}")
+    for name in ("head.safetensors", "head.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: holds no {name}, so it is not a finished run")
+    try:
+        info = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        version, names = info["format"], info["class_names"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / 'head.json'}: damaged, not the description of a head ({error})") from None
+    if version != FORMAT:
+        raise ValueError(f"{folder / 'head.json'}: format {version}, this torchlin reads format {FORMAT}: update torchlin")
+    try:
+        tensors = load_file(folder / "head.safetensors", device=str(map_location))
+        weight = tensors["weight"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder / 'head.safetensors'}: damaged, no weights can be read from it ({error})") from None
+    bias = tensors.get("bias")
+    loss = LOSS_REGISTRY.make(info["loss"])
+    if weight.dim() != 2 or len(names) != loss.classes(weight.shape[0]) or weight.shape[1] != info["in_features"]:
+        raise ValueError(
+            f"{folder}: head.safetensors has weight {tuple(weight.shape)}, but head.json speaks of {len(names)} classes "
+            f"and {info['in_features']} features"
+        )
+    head = LinearHead(weight.shape[1], weight.shape[0], bias is not None, device=map_location, dtype=weight.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+    head.info = info
+    return head
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that a reader or a crash sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,642 @@
+"""The losses: one class each, whose methods are its mathematics on rows of scores.
+
+`value`, `gradient`, `hessian_product` and `dual` see scores Z (n, k) in float32 or float64 and targets that are all
+valid; everything else (shapes, half types, class weights, ignored samples, averaging, autograd) is written once, in
+`Loss`. A loss of your own is a subclass with `name`, `value` and `gradient`; it then works as a module, in
+`LinearClassifier` and in every test of the package.
+
+Throughout, d_j = z_j − z_y is the lead of rival j over the true class y, and Δ is the margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchlin.autograd import row_values
+from torchlin.registry import Registry
+
+Reduction = Literal["none", "mean", "sum"]
+
+# Rows are handled in blocks of about this many scores on a CPU: the block then stays in the cache between two
+# operations on it, and no temporary is as large as the scores.
+_BLOCK = 1 << 18
+
+
+class Encoded(NamedTuple):
+    """A target as the mathematics wants it: `target` for `value` and `gradient`, the coefficient c_i of each sample in
+    the sum (None: all one) and its share in the denominator of the mean (None: all one)."""
+
+    target: Tensor
+    coefficient: Tensor | None
+    normaliser: Tensor | None
+
+
+def reduce(values: Tensor, normaliser: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+    """The one place where losses are averaged: Σ values / Σ normaliser, or the sum, or nothing.
+
+    Args:
+        values: c_i L_i, any shape; samples that do not count are 0 in it.
+        normaliser: what each sample adds to the denominator N (its class weight; 0 if ignored); None means 1 each.
+        reduction: "none", "mean" or "sum".
+
+    A batch with nothing to average (no samples, or N = 0) has mean 0 with zero gradients.
+    """
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if normaliser is None:
+        return values.mean() if values.numel() else values.sum()
+    total = normaliser.sum()
+    return values.sum() / torch.where(total > 0, total, 1)
+
+
+class Loss(nn.Module):
+    """Base of the losses.
+
+    Args:
+        weight: one non-negative weight per class, (num_classes,); sample i then counts w_{y_i} times.
+        ignore_index: samples with this target do not count.
+        reduction: "mean" is Σ w_y L / Σ w_y over the samples that count, as in `torch.nn.CrossEntropyLoss`;
+            "sum"; or "none", which returns w_y L per sample.
+        validate: check target values in eager mode (one synchronisation on a GPU). Shapes and dtypes are always
+            checked; values are not under `torch.compile`, `torch.func` transforms and CUDA graph capture.
+
+    Shapes: scores (k,), (n, k) or (n, k, d1, …) with target (), (n,) or (n, d1, …) of any integer dtype, as
+    `CrossEntropyLoss` takes them. Half precision scores are computed in float32 and the loss is float32.
+
+    Raises:
+        ValueError: shapes that do not fit, a target out of range, a bad option.
+        TypeError: a target that is not integers, scores that are not floating point.
+    """
+
+    name: ClassVar[str]
+    also_called: ClassVar[tuple[str, ...]] = ()
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | Sequence[float] | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        validate: bool = True,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction is 'none', 'mean' or 'sum', got {reduction!r}")
+        if weight is not None:
+            weight = torch.as_tensor(weight)
+            if not weight.is_floating_point():
+                weight = weight.float()
+            if weight.dim() != 1:
+                raise ValueError(f"weight holds one number per class, (num_classes,), got shape {tuple(weight.shape)}")
+            if weight.requires_grad:
+                raise ValueError("weight requires grad, but no gradient is computed for class weights: detach it")
+        self.register_buffer("weight", weight, persistent=False)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.validate = validate
+        if weight is not None and not _tracing() and not bool((weight >= 0).all() and weight.isfinite().all()):
+            raise ValueError(f"class weights are finite and not negative, got {weight.tolist()}")
+
+    # The mathematics.
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        """L, (n,)."""
+        raise NotImplementedError
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        """G = ∂L/∂Z, (n, k), a new tensor (the caller may scale it in place)."""
+        raise NotImplementedError
+
+    def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
+        """Row i: (∂²L_i/∂z_i²) vector_i, (n, k). Zero for a piecewise linear loss: right away from its kinks."""
+        return torch.zeros_like(vector)
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        """−L*(g) per row, (n,), for score gradients of dual-feasible form (as `gradient` yields them).
+
+        L(z) ≥ ⟨z, g⟩ − L*(g) for every z, with equality where g is the gradient at z (Fenchel–Young).
+        """
+        raise NotImplementedError(f"the {self.name} loss declares no dual")
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Class probabilities, (n, num_classes), where the loss has a probabilistic model."""
+        raise TypeError(
+            f"the {self.name} loss defines no probabilities; use the scores, or train with softmax or logistic"
+        )
+
+    def smoothness(self, num_classes: int) -> float | None:
+        """Lipschitz constant of ∂L/∂z in the Euclidean norm; None where the gradient jumps."""
+        return None
+
+    def curvature(self, num_classes: int) -> float:
+        """What a step length should reckon with: the smoothness, or for a loss with corners that of the same loss with
+        its corners rounded over a unit of score."""
+        return self.smoothness(num_classes) or num_classes / 2
+
+    @classmethod
+    def outputs(cls, num_classes: int) -> int:
+        """How many scores a head needs for `num_classes` classes."""
+        return num_classes
+
+    @classmethod
+    def classes(cls, outputs: int) -> int:
+        """How many classes `outputs` scores stand for: the inverse of `outputs`."""
+        return outputs
+
+    # What every loss shares.
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        rows, row_target = self._rows(scores, target)
+        shape = target.shape if target.dim() < scores.dim() or rows.shape[1] == 1 else _drop_classes(scores)
+        target_rows, coefficient, normaliser = self.encode(rows, row_target)
+        values = row_values(rows, target_rows, coefficient, self)
+        if self.reduction == "none":
+            return values.view(shape)
+        return reduce(values, normaliser, self.reduction)
+
+    def encode(self, scores: Tensor, target: Tensor) -> Encoded:
+        """Targets as `value` wants them, and what each sample counts. Scores (n, k), target (n,) integers."""
+        target, counts = self._class_indices(scores, target)
+        coefficient = None if counts is None else counts.to(scores.dtype)
+        if self.weight is not None:
+            chosen = self.weight.to(scores)[target]
+            coefficient = chosen if coefficient is None else chosen * coefficient
+        return Encoded(target, coefficient, coefficient)
+
+    def _class_indices(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """int64 targets with 0 for the ignored ones, and which count (None if surely all do)."""
+        target = target.long()
+        classes = self.classes(scores.shape[1])
+        if self.weight is not None and self.weight.shape[0] != classes:
+            raise ValueError(f"weight has {self.weight.shape[0]} entries for {classes} classes")
+        if self.validate and not _tracing():
+            if target.numel() == 0:
+                return target, None
+            low, high = (int(v) for v in torch.aminmax(target))
+            in_range = 0 <= low and high < classes
+            if not in_range:
+                valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)
+                if not bool(valid.all()):
+                    bad = int((~valid).nonzero()[0])
+                    raise ValueError(
+                        f"target[{bad}] = {int(target[bad])} is not a class: with scores for {classes} classes targets "
+                        f"are 0 … {classes - 1}, or ignore_index={self.ignore_index}"
+                    )
+            if in_range and not low <= self.ignore_index <= high:
+                return target, None
+        counts = target != self.ignore_index
+        return torch.where(counts, target, 0), counts
+
+    def _rows(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (n, k) in float32 or float64, target (n,) or (n, k), after the checks of shape and dtype."""
+        self._check_dtypes(scores, target)
+        if scores.dim() == 0:
+            raise ValueError("scores have no class dimension: expected (k,), (n, k) or (n, k, d1, …), got a number")
+        if _drop_classes(scores) != target.shape:
+            raise ValueError(
+                f"scores {tuple(scores.shape)} and target {tuple(target.shape)} do not fit: "
+                f"scores (n, k) go with target (n,), so target should be {tuple(_drop_classes(scores))}"
+            )
+        if scores.dim() > 2:
+            scores, target = scores.movedim(1, -1).flatten(0, -2), target.flatten()
+        elif scores.dim() == 1:
+            scores, target = scores.unsqueeze(0), target.unsqueeze(0)
+        return _full_precision(scores), target
+
+    def _check_dtypes(self, scores: Tensor, target: Tensor) -> None:
+        if not scores.is_floating_point():
+            raise TypeError(f"scores are floating point, got {scores.dtype}")
+        if target.is_floating_point() or target.is_complex():
+            raise TypeError(
+                f"the {self.name} loss takes class indices (an integer dtype) as target, got {target.dtype}: "
+                "use target.long()"
+            )
+
+    def extra_repr(self) -> str:
+        spec = LOSS_REGISTRY.spec(self)
+        return ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+
+
+class _MarginLoss(Loss):
+    """What the multiclass hinge family shares: the leads of the rivals over the true class, blocked over rows."""
+
+    def __init__(
+        self,
+        *,
+        margin: float = 1.0,
+        weight: Tensor | Sequence[float] | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        validate: bool = True,
+    ) -> None:
+        super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, validate=validate)
+        if not (math.isfinite(margin) and margin > 0):
+            raise ValueError(f"margin is a positive number, got {margin}")
+        self.margin = float(margin)
+
+
+class PerceptronLoss(Loss):
+    """Multiclass perceptron loss: every rival that is not beaten adds its lead.
+
+    Value:     L = Σ_{j≠y} max(0, d_j),  d_j = z_j − z_y
+    Gradient:  1. max(0, t) has slope 1 for t > 0 and 0 for t < 0.
+               2. ∂d_j/∂z_j = 1 and ∂d_j/∂z_y = −1, so by the chain rule a rival in the lead adds +1 to its own
+                  entry and −1 to the entry of the true class:
+                  ∂L/∂z_j = 1[d_j ≥ 0] (j ≠ y),   ∂L/∂z_y = −Σ_{j≠y} 1[d_j ≥ 0].
+    Kink:      a tie (d_j = 0) counts as a violation. All scores tie at W = 0, so training leaves W = 0, which is a
+               global minimiser of L.
+    Hessian:   zero away from the kinks; taken as zero on them.
+    Reference: Rosenblatt, Psychological Review 65 (1958); the multiclass form of Crammer & Singer, JMLR 3 (2003).
+    """
+
+    name = "perceptron"
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_hinge_rows, scores, target, 0.0)
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_count_rows, scores, target, 0.0, torch.Tensor.ge_)
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        return torch.zeros_like(score_gradient[:, 0])
+
+
+class HingeLoss(_MarginLoss):
+    """Multiclass hinge loss in the form of Weston and Watkins: every rival must be beaten by the margin Δ.
+
+    Value:     L = Σ_{j≠y} max(0, d_j + Δ),  d_j = z_j − z_y
+    Gradient:  1. max(0, t) has slope 1 for t > 0 and 0 for t < 0.
+               2. ∂d_j/∂z_j = 1 and ∂d_j/∂z_y = −1, so each rival inside the margin adds +1 to its own entry and −1
+                  to the entry of the true class:
+                  ∂L/∂z_j = 1[d_j + Δ > 0] (j ≠ y),   ∂L/∂z_y = −Σ_{j≠y} 1[d_j + Δ > 0].
+    Kink:      d_j + Δ = 0 adds nothing.
+    Hessian:   zero away from the kinks; taken as zero on them.
+    Relation:  k × `torch.nn.MultiMarginLoss(p=1, margin=Δ)`, which divides by the number of classes.
+    Reference: Weston & Watkins, ESANN 1999.
+
+    Args:
+        margin: Δ > 0. The other arguments are those of `Loss`.
+    """
+
+    name = "hinge"
+    also_called = ("svm", "multi_margin", "weston_watkins", "max_margin", "linear_svm")
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_hinge_rows, scores, target, self.margin)
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_count_rows, scores, target, self.margin, torch.Tensor.gt_)
+
+    def curvature(self, num_classes: int) -> float:
+        # k rivals, each with its corner rounded over [−Δ, Δ], which has curvature 1/(2Δ).
+        return num_classes / (2 * self.margin)
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        # q_j = g_j for the rivals, and g_y = −Σ q_j.
+        return -self.margin * score_gradient.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+class CrammerSingerLoss(_MarginLoss):
+    """Multiclass hinge loss in the form of Crammer and Singer: only the worst rival counts.
+
+    Value:     L = max_{j≠y} max(0, d_j + Δ),  d_j = z_j − z_y
+    Gradient:  1. A maximum has the gradient of the entry that attains it; let r be the worst rival, the j ≠ y with
+                  the largest d_j.
+               2. As for one rival of the hinge loss: if d_r + Δ > 0, ∂L/∂z_r = 1 and ∂L/∂z_y = −1; all else is 0.
+    Kink:      the lowest index among tied rivals; d_r + Δ = 0 adds nothing.
+    Hessian:   zero away from the kinks; taken as zero on them.
+    Reference: Crammer & Singer, JMLR 2 (2001).
+
+    Args:
+        margin: Δ > 0. The other arguments are those of `Loss`.
+    """
+
+    name = "crammer_singer"
+    also_called = ("crammer-singer", "multiclass_svm")
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_worst_violation_rows, scores, target, self.margin)
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_worst_rival_rows, scores, target, self.margin)
+
+    def curvature(self, num_classes: int) -> float:
+        # One rival: ‖e_r − e_y‖² = 2 times the curvature 1/(2Δ) of the rounded corner.
+        return 1 / self.margin
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        return -self.margin * score_gradient.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+class SquaredHingeLoss(_MarginLoss):
+    """Squared hinge loss: the violations of the margin, squared, over all rivals.
+
+    Value:     L = Σ_{j≠y} max(0, d_j + Δ)²,  d_j = z_j − z_y
+    Gradient:  1. max(0, t)² has derivative 2 max(0, t), also at t = 0: the square removes the kink.
+               2. ∂d_j/∂z_j = 1 and ∂d_j/∂z_y = −1:
+                  ∂L/∂z_j = 2 max(0, d_j + Δ) (j ≠ y),   ∂L/∂z_y = −Σ_{j≠y} 2 max(0, d_j + Δ).
+    Hessian:   (Hv)_j = 2·1[d_j + Δ > 0] (v_j − v_y),  (Hv)_y = −Σ_{j≠y} (Hv)_j; its norm is at most 2k.
+    Relation:  k × `torch.nn.MultiMarginLoss(p=2, margin=Δ)`, which divides by the number of classes.
+    Reference: Weston & Watkins, ESANN 1999, with the L2-SVM loss of Chang & Lin, JMLR 9 (2008).
+
+    Args:
+        margin: Δ > 0. The other arguments are those of `Loss`.
+    """
+
+    name = "squared_hinge"
+    also_called = ("l2svm", "l2_svm", "squared_svm", "hinge2")
+
+    def smoothness(self, num_classes: int) -> float:
+        return 2.0 * num_classes
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_squared_hinge_rows, scores, target, self.margin)
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_double_violation_rows, scores, target, self.margin)
+
+    def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
+        own = target.unsqueeze(1)
+        active = _leads(scores, own).add_(self.margin) > 0
+        product = torch.where(active, 2 * (vector - vector.gather(1, own)), 0)
+        return _close_rows(product, own)
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        own = target.unsqueeze(1)
+        rivals = score_gradient.scatter(1, own, 0)
+        return self.margin * rivals.sum(1) - rivals.square().sum(1) / 4
+
+
+class SoftmaxLoss(Loss):
+    """Softmax loss (cross-entropy): the negative log-probability of the true class.
+
+    Value:     p = softmax(z), p_j = e^{z_j} / Σ_l e^{z_l};  L = −log p_y = log Σ_l e^{z_l} − z_y
+    Gradient:  1. ∂/∂z_j log Σ_l e^{z_l} = e^{z_j} / Σ_l e^{z_l} = p_j.
+               2. ∂z_y/∂z_j = 1[j = y].
+               3. So ∂L/∂z_j = p_j for j ≠ y and p_y − 1 for the true class: the probabilities with one subtracted
+                  at y, the textbook's "P adjusted".
+    Soft:      with target weights q_j ≥ 0 in place of the one-hot row, L = Σ_j q_j (−log p_j) and
+               ∂L/∂z = (Σ_j q_j) p − q. Label smoothing ε and class probabilities are both of this form.
+    Hessian:   Hv = (Σ_j q_j) (p∘v − p ⟨p, v⟩); its norm is at most ½ for Σ q = 1.
+    Relation:  `torch.nn.CrossEntropyLoss`, options included.
+    Reference: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4.
+
+    Args:
+        label_smoothing: ε in [0, 1]; the target becomes (1 − ε) one-hot + ε/k, weighted as torch weights it.
+            The other arguments are those of `Loss`.
+
+    The target may also be class probabilities: floating point, of the shape of the scores; `reduction="mean"` then
+    divides by the number of samples, as in torch.
+    """
+
+    name = "softmax"
+    also_called = ("cross_entropy", "crossentropy", "ce", "nll", "multinomial", "categorical_crossentropy", "log_loss")
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | Sequence[float] | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        validate: bool = True,
+    ) -> None:
+        super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, validate=validate)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}")
+        self.label_smoothing = float(label_smoothing)
+
+    def smoothness(self, num_classes: int) -> float:
+        return 0.5
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return _blocked(_cross_entropy_rows if target.dim() == 1 else _soft_cross_entropy_rows, scores, target)
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 2:
+            return torch.softmax(scores, 1).mul_(target.sum(1, keepdim=True)).sub_(target)
+        adjusted = torch.softmax(scores, 1)
+        return adjusted.scatter_add_(1, target.unsqueeze(1), adjusted.new_full((len(target), 1), -1.0))
+
+    def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
+        p = torch.softmax(scores, 1)
+        product = p * (vector - (p * vector).sum(1, keepdim=True))
+        return product if target.dim() == 1 else product * target.sum(1, keepdim=True)
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        ones = score_gradient.new_ones((len(target), 1))
+        p = score_gradient.scatter_add(1, target.unsqueeze(1), ones)
+        return -torch.xlogy(p, p).sum(1)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores, -1)
+
+    def encode(self, scores: Tensor, target: Tensor) -> Encoded:
+        if target.dim() == 2:
+            if self.weight is not None and self.weight.shape[0] != target.shape[1]:
+                raise ValueError(f"weight has {self.weight.shape[0]} entries for {target.shape[1]} classes")
+            return Encoded(self._smoothed(target.to(scores.dtype)), None, None)
+        if self.label_smoothing == 0:
+            return super().encode(scores, target)
+        # Smoothing spreads the class weights too (torch's rule), so they go into the target row, not in front of it.
+        normaliser = super().encode(scores, target).normaliser
+        target, counts = self._class_indices(scores, target)
+        one_hot = torch.zeros_like(scores).scatter_(1, target.unsqueeze(1), 1)
+        return Encoded(self._smoothed(one_hot), None if counts is None else counts.to(scores.dtype), normaliser)
+
+    def _smoothed(self, rows: Tensor) -> Tensor:
+        rows = rows * (1 - self.label_smoothing) + self.label_smoothing / rows.shape[1]
+        return rows if self.weight is None else rows * self.weight.to(rows)
+
+    def _check_dtypes(self, scores: Tensor, target: Tensor) -> None:
+        if target.is_floating_point() and target.shape == scores.shape:
+            if target.requires_grad:
+                raise ValueError("target requires grad, but only the scores get a gradient: use target.detach()")
+            return super()._check_dtypes(scores, target.long())
+        if target.is_floating_point():
+            raise TypeError(
+                f"the softmax loss takes class indices (an integer dtype) or class probabilities of the shape of the "
+                f"scores {tuple(scores.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+            )
+        return super()._check_dtypes(scores, target)
+
+    def _rows(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if not (target.is_floating_point() and target.shape == scores.shape):
+            return super()._rows(scores, target)
+        self._check_dtypes(scores, target)
+        if scores.dim() > 2:
+            scores, target = (t.movedim(1, -1).flatten(0, -2) for t in (scores, target))
+        elif scores.dim() == 1:
+            scores, target = scores.unsqueeze(0), target.unsqueeze(0)
+        return _full_precision(scores), target
+
+
+class LogisticLoss(Loss):
+    """Binary logistic loss on one score: the negative log-likelihood of y in {0, 1} under P(y = 1) = σ(z).
+
+    Value:     L = −y log σ(z) − (1 − y) log(1 − σ(z)),  σ(z) = 1 / (1 + e^{−z})
+    Gradient:  1. σ'(z) = σ(z) (1 − σ(z)).
+               2. ∂/∂z (−log σ) = −(1 − σ) and ∂/∂z (−log(1 − σ)) = σ.
+               3. So ∂L/∂z = −y (1 − σ) + (1 − y) σ = σ(z) − y.
+    Hessian:   σ(z) (1 − σ(z)), at most ¼.
+    Relation:  `torch.nn.BCEWithLogitsLoss`; its `pos_weight=c` is weight=(1, c).
+    Reference: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.2.
+
+    Args:
+        weight: (2,) = (w_0, w_1). The other arguments are those of `Loss`.
+
+    Shapes: scores (n,) or (n, 1) (or (n, 1, d1, …)) with target (n,) of {0, 1}.
+    """
+
+    name = "logistic"
+    also_called = ("bce", "binary_cross_entropy", "bcewithlogits", "logit", "sigmoid", "logistic_regression")
+
+    def smoothness(self, num_classes: int) -> float:
+        return 0.25
+
+    @classmethod
+    def outputs(cls, num_classes: int) -> int:
+        if num_classes != 2:
+            raise ValueError(
+                f"the logistic loss separates 2 classes, but there are num_classes={num_classes}: use softmax or hinge"
+            )
+        return 1
+
+    @classmethod
+    def classes(cls, outputs: int) -> int:
+        if outputs != 1:
+            raise ValueError(f"the logistic loss takes one score per sample, (n,) or (n, 1), got {outputs}: use softmax")
+        return 2
+
+    def value(self, scores: Tensor, target: Tensor) -> Tensor:
+        return -F.logsigmoid(torch.where(target == 1, scores[:, 0], -scores[:, 0]))
+
+    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
+        # For y = 1 written as −σ(−z): σ(z) − 1 would lose every digit for large z.
+        z = scores[:, 0]
+        return torch.where(target == 1, -torch.sigmoid(-z), torch.sigmoid(z)).unsqueeze(1)
+
+    def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
+        return torch.sigmoid(scores) * torch.sigmoid(-scores) * vector
+
+    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        p = score_gradient[:, 0].abs()
+        return -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        z = scores.squeeze(-1) if scores.dim() > 1 and scores.shape[-1] == 1 else scores
+        return torch.stack((torch.sigmoid(-z), torch.sigmoid(z)), -1)
+
+    def _rows(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if scores.shape == target.shape:
+            scores = scores.unsqueeze(min(1, scores.dim()))
+        return super()._rows(scores, target)
+
+
+LOSSES: tuple[type[Loss], ...] = (
+    PerceptronLoss,
+    HingeLoss,
+    CrammerSingerLoss,
+    SquaredHingeLoss,
+    SoftmaxLoss,
+    LogisticLoss,
+)
+LOSS_REGISTRY: Registry[Loss] = Registry("loss", Loss, LOSSES)
+
+
+def _drop_classes(scores: Tensor) -> torch.Size:
+    return scores.shape[:1] + scores.shape[2:] if scores.dim() > 1 else scores.shape[:0]
+
+
+def _full_precision(scores: Tensor) -> Tensor:
+    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def _tracing() -> bool:
+    """Whether values cannot be looked at: compile, a torch.func transform, or CUDA graph capture."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _blocked(rows: Callable[..., Tensor], scores: Tensor, target: Tensor, *options: object) -> Tensor:
+    """rows(scores, target, *options) over blocks of rows that fit the cache of a CPU."""
+    step = max(1, _BLOCK // max(1, scores.shape[1]))
+    if len(scores) <= step or scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return rows(scores, target, *options)
+    blocks = zip(scores.split(step), target.split(step), strict=True)
+    return torch.cat([rows(s, t, *options) for s, t in blocks])
+
+
+def _leads(scores: Tensor, own: Tensor) -> Tensor:
+    """d_j = z_j − z_y, (n, k), a new tensor. `own` (n, 1) holds y."""
+    return scores - scores.gather(1, own)
+
+
+def _close_rows(rivals: Tensor, own: Tensor) -> Tensor:
+    """Set column y to minus the sum of the others, in place."""
+    rivals.scatter_(1, own, 0)
+    return rivals.scatter_(1, own, -rivals.sum(1, keepdim=True))
+
+
+def _hinge_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
+    own = target.unsqueeze(1)
+    return _leads(scores, own).add_(margin).relu_().scatter_(1, own, 0).sum(1)
+
+
+def _squared_hinge_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
+    own = target.unsqueeze(1)
+    return _leads(scores, own).add_(margin).relu_().scatter_(1, own, 0).square_().sum(1)
+
+
+def _count_rows(
+    scores: Tensor, target: Tensor, margin: float, violates: Callable[[Tensor, float], Tensor]
+) -> Tensor:
+    own = target.unsqueeze(1)
+    return _close_rows(violates(_leads(scores, own).add_(margin), 0), own)
+
+
+def _double_violation_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
+    own = target.unsqueeze(1)
+    return _close_rows(_leads(scores, own).add_(margin).relu_().mul_(2), own)
+
+
+def _worst(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The lead d_r of the worst rival and r, both (n, 1). A lone class has no rival: −inf, and index 0."""
+    rivals = scores.scatter(1, own, -math.inf)
+    # argmax returns the first of equal entries; if all rivals are masked (−inf) any index will do.
+    rival = rivals.argmax(1, keepdim=True)
+    return rivals.gather(1, rival) - scores.gather(1, own), rival
+
+
+def _worst_violation_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
+    lead, _ = _worst(scores, target.unsqueeze(1))
+    return lead.add_(margin).relu_().squeeze(1)
+
+
+def _worst_rival_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
+    own = target.unsqueeze(1)
+    lead, rival = _worst(scores, own)
+    active = lead.add_(margin).gt_(0)
+    return torch.zeros_like(scores).scatter_(1, rival, active).scatter_add_(1, own, -active)
+
+
+def _cross_entropy_rows(scores: Tensor, target: Tensor) -> Tensor:
+    # log_softmax subtracts the maximum first, so the value is finite and exact for any finite scores.
+    return -torch.log_softmax(scores, 1).gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def _soft_cross_entropy_rows(scores: Tensor, target: Tensor) -> Tensor:
+    # A masked class (−inf) with target weight 0 adds nothing.
+    return -torch.where(target == 0, 0, target * torch.log_softmax(scores, 1)).sum(1)

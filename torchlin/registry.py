@@ -1,0 +1,114 @@
+"""Names at the boundary: a user's string or mapping becomes an object once, by look-up in a tuple of classes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+
+
+class Named(Protocol):
+    name: ClassVar[str]
+    also_called: ClassVar[tuple[str, ...]]
+
+
+T = TypeVar("T", bound=Named)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A ready " (did you mean ...?)" for an error message, or "" where nothing known is close to `word`."""
+    lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """A tuple of classes that users may name: `kind` is the word for one of them in messages, `base` what all extend."""
+
+    kind: str
+    base: type[T]
+    classes: tuple[type[T], ...]
+
+    def names(self) -> list[str]:
+        return [cls.name for cls in self.classes]
+
+    def find(self, name: str) -> type[T]:
+        """The class called `name`, or the one at the import path `name` ("package.module.Class").
+
+        Raises:
+            ValueError: no such class; the message suggests the nearest name, other libraries' words included.
+        """
+        for cls in self.classes:
+            if cls.name == name:
+                return cls
+        if "." in name:
+            return self._imported(name)
+        aliases = {alias: cls.name for cls in self.classes for alias in cls.also_called}
+        alias = aliases.get(name.lower())
+        hint = f" (did you mean {alias!r}?)" if alias else nearest(name, self.names())
+        raise ValueError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self.names())}")
+
+    def _imported(self, path: str) -> type[T]:
+        module, _, attribute = path.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{self.kind} {path!r} cannot be imported: {error}") from None
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise ValueError(f"{self.kind} {path!r} is not a subclass of torchlin's {self.base.__name__}")
+        return cls
+
+    def make(self, spec: str | Mapping[str, Any] | T) -> T:
+        """An object from a name ("hinge"), a mapping ({"name": "hinge", "margin": 1.0}) or the object itself.
+
+        Raises:
+            ValueError: unknown name, unknown or missing option, no "name" in the mapping.
+            TypeError: none of the three.
+        """
+        if isinstance(spec, self.base):
+            return spec
+        options = {"name": spec} if isinstance(spec, str) else spec
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"{self.kind} is a name, a mapping or a {self.base.__name__}, got {type(spec).__name__}; "
+                f"known names: {', '.join(self.names())}"
+            )
+        options = dict(options)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f'{self.kind} {spec!r} has no "name"; known: {", ".join(self.names())}')
+        cls = self.find(name)
+        parameters = inspect.signature(cls).parameters
+        for option in options:
+            if option not in parameters:
+                raise ValueError(
+                    f"{self.kind} {name!r} has no option {option!r}{nearest(option, list(parameters))}; "
+                    f"options: {', '.join(parameters) or 'none'}"
+                )
+        missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
+        if missing:
+            example = ", ".join(f"{m}: 0.001" for m in missing)
+            raise ValueError(f"{self.kind} {name!r} needs {' and '.join(missing)}, as in {{name: {name}, {example}}}")
+        return cls(**options)
+
+    def spec(self, thing: T) -> dict[str, Any]:
+        """The mapping that `make` turns back into `thing`: strings, numbers and lists only.
+
+        Options are read from the attributes named like the constructor's parameters; defaults are left out.
+        """
+        cls = type(thing)
+        name = cls.name if cls in self.classes else f"{cls.__module__}.{cls.__qualname__}"
+        spec: dict[str, Any] = {"name": name}
+        for parameter in inspect.signature(cls).parameters.values():
+            value = getattr(thing, parameter.name)
+            if isinstance(value, torch.Tensor):
+                value = value.tolist()
+            if value != parameter.default:
+                spec[parameter.name] = value
+        return spec
