@@ -26,13 +26,12 @@ from torchlin.optim import apply_penalty
 from torchlin.penalties import L1, L2, PENALTIES, ElasticNet, Penalty
 from torchlin.registry import nearest
 from torchlin.solvers import gradient_descent
+from torchlin.version import __version__
 
 if TYPE_CHECKING:
     from torchlin import data, report
     from torchlin.classifier import DivergenceError, LinearClassifier
     from torchlin.run import RunFolder
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "LinearClassifier": "torchlin.classifier",
@@ -61,6 +60,7 @@ __all__ = [
     "SoftmaxLoss",
     "SquaredHingeLoss",
     "Standardization",
+    "__version__",
     "absorb_bias",
     "append_one",
     "apply_penalty",

@@ -100,8 +100,8 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         *tensors, loss = inputs
-        rows = _stacked_rows(info.batch_size, in_dims, tensors)
-        return row_values(*rows, loss).view(info.batch_size, -1), 0
+        scores, target, coefficient = _stacked_rows(info.batch_size, in_dims, tensors)
+        return row_values(scores, target, coefficient, loss).view(info.batch_size, -1), 0
 
 
 class _Gradient(torch.autograd.Function):
@@ -132,8 +132,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         *tensors, loss = inputs
-        rows = _stacked_rows(info.batch_size, in_dims, tensors)
-        gradient = _row_gradient(*rows, loss)
+        scores, target, coefficient, upstream = _stacked_rows(info.batch_size, in_dims, tensors)
+        gradient = _row_gradient(scores, target, coefficient, upstream, loss)
         return gradient.view(info.batch_size, -1, gradient.shape[-1]), 0
 
 
@@ -162,7 +162,7 @@ class _GradientWithJvp(_Gradient):
 
 def _stacked_rows(batch: int, in_dims: tuple[Any, ...], tensors: list[Any]) -> list[Any]:
     """(B, n, …) per tensor → (B·n, …): the losses act row by row, so a batch of batches is one longer batch."""
-    stacked = []
+    stacked: list[Any] = []
     for tensor, dim in zip(tensors, in_dims, strict=False):
         if tensor is None:
             stacked.append(None)

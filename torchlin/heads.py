@@ -103,7 +103,8 @@ class LinearHead(nn.Linear):
     def predict(self, x: Tensor) -> Tensor:
         """The class index of each sample: the largest score, or z > 0 for a head with a single score."""
         scores = self(x)
-        return (scores[..., 0] > 0).long() if self.out_features == 1 else scores.argmax(-1)
+        predicted: Tensor = (scores[..., 0] > 0).long() if self.out_features == 1 else scores.argmax(-1)
+        return predicted
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class StandardizedHead(LinearHead):
             raise ValueError("centring needs a bias: use bias=True, or a standardization with mean 0")
         raw = self.weight / self.std
         if self.bias is not None:
-            self.bias += raw @ (mean - self.mean)
+            self.bias.add_(raw @ (mean - self.mean))
         self.weight.copy_(raw * std)
         self.mean.copy_(mean)
         self.std.copy_(std)
@@ -189,10 +190,13 @@ def absorb_bias(head: LinearHead) -> LinearHead:
     """
     if head.bias is None:
         raise ValueError("the head has no bias to absorb")
+    if isinstance(head, StandardizedHead):
+        head = head.fold()
     k, p = head.weight.shape
     absorbed = LinearHead(p + 1, k, bias=False, device=head.weight.device, dtype=head.weight.dtype)
     absorbed.weight.copy_(torch.cat((head.weight, head.bias.unsqueeze(1)), 1))
     absorbed.holds_bias = True
+    absorbed.info = dict(head.info)
     return absorbed
 
 
@@ -205,6 +209,7 @@ def split_bias(head: LinearHead) -> LinearHead:
     split = LinearHead(p - 1, k, device=head.weight.device, dtype=head.weight.dtype)
     split.weight.copy_(head.weight[:, :-1])
     split.bias.copy_(head.weight[:, -1])
+    split.info = dict(head.info)
     return split
 
 
@@ -263,8 +268,8 @@ def save_head(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(folder / "head.safetensors", save({k: v.cpu().contiguous() for k, v in tensors.items()}))
-    replace_file(folder / "head.json", text.encode())
+    weights = save({k: v.cpu().contiguous() for k, v in tensors.items()})
+    replace_files({folder / "head.safetensors": weights, folder / "head.json": text.encode()})
     return folder
 
 
@@ -293,10 +298,11 @@ def load_head(path: str | os.PathLike[str], map_location: torch.device | str = "
             raise FileNotFoundError(f"{folder}: holds no {name}, so it is not a finished run")
     try:
         info = json.loads((folder / "head.json").read_text(encoding="utf-8"))
-        version, names = info["format"], info["class_names"]
+        version = info["format"]
+        stated = (len(info["class_names"]), info["in_features"], info["loss"]) if version == FORMAT else None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / 'head.json'}: damaged, not the description of a head ({error})") from None
-    if version != FORMAT:
+    if stated is None:
         raise ValueError(f"{folder / 'head.json'}: format {version}, this torchlin reads format {FORMAT}: update torchlin")
     try:
         tensors = load_file(folder / "head.safetensors", device=str(map_location))
@@ -304,11 +310,16 @@ def load_head(path: str | os.PathLike[str], map_location: torch.device | str = "
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{folder / 'head.safetensors'}: damaged, no weights can be read from it ({error})") from None
     bias = tensors.get("bias")
-    loss = LOSS_REGISTRY.make(info["loss"])
-    if weight.dim() != 2 or len(names) != loss.classes(weight.shape[0]) or weight.shape[1] != info["in_features"]:
+    classes, features, loss = stated
+    loss = LOSS_REGISTRY.make(loss)
+    if weight.dim() != 2 or classes != loss.classes(weight.shape[0]) or weight.shape[1] != features:
         raise ValueError(
-            f"{folder}: head.safetensors has weight {tuple(weight.shape)}, but head.json speaks of {len(names)} classes "
-            f"and {info['in_features']} features"
+            f"{folder}: head.safetensors has weight {tuple(weight.shape)}, but head.json speaks of {classes} classes "
+            f"and {features} features"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{folder / 'head.safetensors'}: damaged, weight {tuple(weight.shape)} with bias {tuple(bias.shape)}"
         )
     head = LinearHead(weight.shape[1], weight.shape[0], bias is not None, device=map_location, dtype=weight.dtype)
     with torch.no_grad():
@@ -321,13 +332,21 @@ def load_head(path: str | os.PathLike[str], map_location: torch.device | str = "
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside and rename, so that a reader or a crash sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all of them beside, and rename when all are there: files that belong together change together."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in contents}
     try:
-        with beside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        for path, content in contents.items():
+            with beside[path].open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, part in beside.items():
+            part.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        for part in beside.values():
+            part.unlink(missing_ok=True)
         raise

@@ -156,7 +156,7 @@ class Loss(nn.Module):
 
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
         rows, row_target = self._rows(scores, target)
-        shape = target.shape if target.dim() < scores.dim() or rows.shape[1] == 1 else _drop_classes(scores)
+        shape = _drop_classes(scores) if target.is_floating_point() else target.shape
         target_rows, coefficient, normaliser = self.encode(rows, row_target)
         values = row_values(rows, target_rows, coefficient, self)
         if self.reduction == "none":
@@ -222,6 +222,8 @@ class Loss(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        if torch.compiler.is_compiling():
+            return ""  # `torch.func.vmap` takes the repr of what it maps, and a graph cannot read the class weights
         spec = LOSS_REGISTRY.spec(self)
         return ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
 

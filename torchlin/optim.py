@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchlin.penalties import Penalty, shrink, soft_threshold
 
@@ -41,7 +41,7 @@ State = dict[str, Any]
 class PenalizedHead(Protocol):
     """A head says which part of its weight a penalty may touch."""
 
-    weight: nn.Parameter
+    weight: Tensor
 
     def penalized(self, like_weight: Tensor) -> Tensor: ...
 
@@ -52,23 +52,28 @@ class PenalizedHead(Protocol):
 def _sgd_step(group: Group, state: State) -> float | Tensor:
     if group["momentum"] == 0:
         return _rate(group)
-    return _rate(group) * (1 - group["dampening"]) / (1 - group["momentum"])
+    gain: float = (1 - group["dampening"]) / (1 - group["momentum"])
+    return _rate(group) * gain
 
 
 def _adam_step(group: Group, state: State) -> float | Tensor:
     _, beta2 = group["betas"]
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    second: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     corrected = 1 - beta2 ** float(state["step"])
-    return _rate(group) / (second.sqrt() / math.sqrt(corrected) + group["eps"])
+    scale: Tensor = second.sqrt() / math.sqrt(corrected) + group["eps"]
+    return _rate(group) / scale
 
 
 def _rmsprop_step(group: Group, state: State) -> float | Tensor:
-    return _rate(group) / (1 - group["momentum"]) / (state["square_avg"].sqrt() + group["eps"])
+    scale: Tensor = state["square_avg"].sqrt() + group["eps"]
+    gain: float = 1 / (1 - group["momentum"])
+    return _rate(group) * gain / scale
 
 
 def _adagrad_step(group: Group, state: State) -> float | Tensor:
-    rate = _rate(group) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
-    return rate / (state["sum"].sqrt() + group["eps"])
+    decayed: float = 1 + (float(state["step"]) - 1) * group["lr_decay"]
+    scale: Tensor = state["sum"].sqrt() + group["eps"]
+    return _rate(group) / decayed / scale
 
 
 def _rate(group: Group) -> float | Tensor:
@@ -151,7 +156,7 @@ class _ProximalStep:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.weight.grad is None:
+        if self.weight.grad is None or _skipped(optimizer):
             return  # the optimizer left it alone, so there is no step to go with
         group = _group_of(optimizer, self.weight)
         _check_group(group, self.penalty)
@@ -176,6 +181,12 @@ class _ProximalStep:
         return moved
 
 
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step found an overflow: GradScaler calls a fused optimizer all the same, which then does nothing."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 def _effective_step_of(optimizer: torch.optim.Optimizer) -> Callable[[Group, State], float | Tensor]:
     for cls in type(optimizer).__mro__:
         if cls in EFFECTIVE_STEPS:
@@ -189,7 +200,7 @@ def _effective_step_of(optimizer: torch.optim.Optimizer) -> Callable[[Group, Sta
     )
 
 
-def _group_of(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Group:
+def _group_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> Group:
     for group in optimizer.param_groups:
         if any(p is weight for p in group["params"]):
             return group

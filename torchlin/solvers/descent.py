@@ -53,7 +53,7 @@ def gradient_descent(
         if value.numel() != 1:
             raise ValueError(f"f returns a scalar, got shape {tuple(value.shape)}")
         if not bool(value.isfinite()):
-            raise FloatingPointError(f"f is {float(value)} at step {step} with lr={lr}: try a smaller lr")
+            raise FloatingPointError(f"f is {value.item()} at step {step} with lr={lr}: try a smaller lr")
         (gradient,) = torch.autograd.grad(value.sum(), at)
         values.append(value.detach().reshape(()))
         norms.append(gradient.norm())

@@ -1,0 +1,13 @@
+"""What every test shares: a seed, and one thread, since tensors as small as those here only make threads wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

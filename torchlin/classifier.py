@@ -1,0 +1,338 @@
+"""`LinearClassifier`: a head, a loss and a penalty as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from torchlin.heads import LinearHead, Standardization, StandardizedHead
+from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.metrics import StageMetrics
+from torchlin.objective import Objective
+from torchlin.optim import apply_penalty
+from torchlin.penalties import PENALTY_REGISTRY, Penalty
+from torchlin.registry import nearest
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+SCHEDULES = ("cosine", "constant")
+
+# How often training looks whether the loss is still finite: each look is one synchronisation of the device.
+_CHECK_EVERY = 100
+
+
+class DivergenceError(FloatingPointError):
+    """Training produced a NaN or infinite loss."""
+
+
+class LinearClassifier(LightningModule):
+    """A linear classifier to give to a `Trainer`: scores z = Wx + b, minimising F = (1/N) Σ L_i + λ R(W).
+
+    If the data module offers `standardization` (torchlin's do), W and b are trained in standardised coordinates
+    x̃ = (x − μ)/σ. That is folded into the weights: the input stays raw, here and in everything handed out (`forward`,
+    `to_head()`, the run folder).
+
+    Logged per epoch: `train_loss`, `train_accuracy`, `train_objective` (the loss plus the penalty), `nonzero` (share of
+    W), and for validation and test `{val,test}_loss`, `…_accuracy`, `…_balanced_accuracy` (mean recall of the classes).
+
+    Args:
+        in_features: numbers per sample; the command line takes it from the data.
+        num_classes: number of classes; the command line takes it from the data.
+        loss: a name (perceptron, hinge, crammer_singer, squared_hinge, softmax, logistic), a mapping with options such
+            as {name: hinge, margin: 1.0}, or a `Loss`.
+        penalty: none, a mapping such as {name: l1, strength: 0.001} (l2, l1, elastic_net), or a `Penalty`.
+        optimizer: sgd, adam, adamw, rmsprop or adagrad. For anything else subclass and override
+            `configure_optimizers`; the penalty still applies.
+        lr: learning rate; if not given, a safe one is derived from the loss and the data, and printed.
+        momentum: of sgd and rmsprop; the others have none.
+        schedule: "cosine" lowers the learning rate to 0 over the whole run, "constant" keeps it.
+        class_weight: "balanced" (N / (num_classes · count)), one weight per class, or none.
+
+    Raises:
+        ValueError: an unknown name (the nearest one is suggested) or an option out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        loss: dict[str, Any] | str | Loss = "softmax",
+        penalty: dict[str, Any] | str | Penalty | None = None,
+        optimizer: str = "sgd",
+        lr: float | None = None,
+        momentum: float = 0.9,
+        schedule: str = "cosine",
+        class_weight: Literal["balanced"] | list[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss: Loss = LOSS_REGISTRY.make(loss)
+        self.penalty = None if penalty is None else PENALTY_REGISTRY.make(penalty)
+        if isinstance(class_weight, Tensor):
+            class_weight = cast("list[float]", class_weight.tolist())
+        self._check_options(num_classes, optimizer, lr, momentum, schedule, class_weight)
+        # Plain values only: a checkpoint then loads with weights_only=True, and without torchlin's classes.
+        plain = {
+            "in_features": in_features,
+            "num_classes": num_classes,
+            "loss": LOSS_REGISTRY.spec(self.loss),
+            "penalty": None if self.penalty is None else PENALTY_REGISTRY.spec(self.penalty),
+            "optimizer": optimizer,
+            "lr": lr,
+            "momentum": momentum,
+            "schedule": schedule,
+            "class_weight": class_weight,
+        }
+        self._set_hparams(plain)
+        self._hparams_initial = self._hparams
+        self._hparams_name = "kwargs"
+        self.objective = Objective(self.loss, self.penalty)
+        # Private, because its parameters are in standardised coordinates; `to_head()` hands out the raw head.
+        self._head = StandardizedHead(in_features, self.loss.outputs(num_classes))
+        if class_weight != "balanced" and class_weight is not None:
+            self._weigh_classes(torch.tensor(class_weight))
+        self._train_metrics, self._val_metrics, self._test_metrics = (StageMetrics(num_classes) for _ in range(3))
+
+    def _check_options(
+        self,
+        num_classes: int,
+        optimizer: str,
+        lr: float | None,
+        momentum: float,
+        schedule: str,
+        class_weight: str | list[float] | None,
+    ) -> None:
+        for kind, name, known in (("optimizer", optimizer, list(OPTIMIZERS)), ("schedule", schedule, list(SCHEDULES))):
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes is at least 2, got {num_classes}")
+        if lr is not None and not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr is a positive number, got {lr}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is in [0, 1), got {momentum}")
+        if isinstance(class_weight, str) and class_weight != "balanced":
+            raise ValueError(f"class_weight is 'balanced', one weight per class or none, got {class_weight!r}")
+        if class_weight is not None and self.loss.weight is not None:
+            raise ValueError("class weights are given twice: by class_weight and by the loss's own weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores on raw input, (n, outputs)."""
+        scores: Tensor = self._head(x)
+        return scores
+
+    def to_head(self) -> LinearHead:
+        """A plain `LinearHead` with the same scores, on raw input: what to import into a larger model."""
+        head = self._head.fold()
+        head.info = {"loss": LOSS_REGISTRY.spec(self.loss), **self._head.info}
+        return head
+
+    @torch.no_grad()
+    def set_head(self, head: LinearHead) -> None:
+        """Take over the scores of a raw head, in the coordinates this classifier has.
+
+        Raises:
+            ValueError: another number of features or classes.
+        """
+        if head.weight.shape != self._head.weight.shape:
+            raise ValueError(
+                f"the head has {head.in_features} features and {head.out_features} scores, this classifier "
+                f"{self._head.in_features} and {self._head.out_features}: it is from other data or another loss"
+            )
+        here = self.standardization
+        self._head.restandardize(Standardization(torch.zeros_like(here.mean), torch.ones_like(here.std)))
+        self._head.weight.copy_(head.weight)
+        self._head.bias.zero_()
+        if head.bias is not None:
+            self._head.bias.copy_(head.bias)
+        self._head.restandardize(here)
+        self._head.info = dict(head.info)
+
+    @property
+    def standardization(self) -> Standardization:
+        """μ and σ that are folded into the head, (in_features,); 0 and 1 if the features are taken as they come."""
+        return Standardization(self._head.mean.clone(), self._head.std.clone())
+
+    # Fitting.
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = self._data()
+        standardization = getattr(data, "standardization", None)
+        if standardization is None:
+            rank_zero_info("torchlin: the data offer no standardization; training on the features as they come")
+        else:
+            self._head.restandardize(standardization)
+        counts = getattr(data, "class_counts", None)
+        if counts is not None:
+            self._use_counts(counts)
+        elif self.hparams["class_weight"] == "balanced":
+            raise ValueError(
+                "class_weight='balanced' needs the class counts of the training data: use a data module with "
+                "class_counts, or give one weight per class"
+            )
+        # Labels that a torchlin data module counted are known to be classes. Others are looked at during the first
+        # epoch, which sees each of them once.
+        self.loss.validate = counts is None
+
+    def _data(self) -> object:
+        # Trainer.datamodule exists at run time only; a fit on bare loaders has none.
+        return getattr(self.trainer, "datamodule", None)
+
+    def _use_counts(self, counts: Tensor) -> None:
+        num_classes = self.hparams["num_classes"]
+        if len(counts) != num_classes:
+            raise ValueError(f"the data have {len(counts)} classes, this classifier num_classes={num_classes}")
+        present = counts[counts > 0]
+        if self.hparams["class_weight"] == "balanced":
+            weight = counts.sum() / (num_classes * counts.clamp(min=1).double())
+            self._weigh_classes(torch.where(counts > 0, weight, 0).float())
+        elif self.loss.weight is None and len(present) and present.max() > 10 * present.min():
+            rank_zero_warn(
+                f"the largest class has {int(present.max())} training samples, the smallest {int(present.min())}: "
+                "consider class_weight='balanced', and watch val_balanced_accuracy"
+            )
+
+    def _weigh_classes(self, weight: Tensor) -> None:
+        spec = {**LOSS_REGISTRY.spec(self.loss), "weight": weight.tolist()}
+        # Built anew, so that the weights pass the checks of the constructor.
+        self.loss = LOSS_REGISTRY.make(spec).to(self.device)
+        self.objective = Objective(self.loss, self.penalty)
+
+    def configure_optimizers(self) -> Any:
+        rate = self.hparams["lr"] or self._safe_rate()
+        name, momentum = self.hparams["optimizer"], self.hparams["momentum"]
+        options: dict[str, Any] = {"momentum": momentum} if name in ("sgd", "rmsprop") else {}
+        # AdamW's default weight decay would be a second penalty.
+        optimizer = OPTIMIZERS[name](self.parameters(), lr=rate, weight_decay=0, **options)
+        if self.hparams["schedule"] == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("schedule='cosine' needs an end: give the Trainer max_epochs or max_steps, or use 'constant'")
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _safe_rate(self) -> float:
+        """1 / (curvature of the loss · mean ‖[x̃ 1]‖²): no larger than 1/L for the gradient of any mini-batch on average."""
+        standardization = getattr(self._data(), "standardization", None)
+        if standardization is not None:
+            squared_norm = float(self._head.in_features)  # a standardised feature has mean square 1, a constant one 0
+        else:
+            self.trainer.fit_loop.setup_data()
+            with isolate_rng():
+                x = self._head.features(_first_input(cast("Iterable[Any]", self.trainer.train_dataloader)))
+            squared_norm = float(x.double().square().sum(-1).mean())
+        if self.hparams["optimizer"] not in ("sgd", "rmsprop"):
+            # The adaptive ones move every weight by about lr: a tenth of the weight that moves a score by one.
+            return self._announce(0.1 / max(1.0, squared_norm) ** 0.5)
+        curvature = self.loss.curvature(self.hparams["num_classes"])
+        return self._announce(1 / (curvature * (squared_norm + 1)))
+
+    def _announce(self, rate: float) -> float:
+        rate = float(f"{rate:.2g}")
+        rank_zero_info(f"torchlin: lr={rate:g}, derived from the {self.loss.name} loss and the data (set lr to choose)")
+        return rate
+
+    def on_fit_start(self) -> None:
+        if self.penalty is None:
+            return
+        self.trainer.fit_loop.setup_data()
+        batches = self.trainer.num_training_batches
+        window = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches)) if math.isfinite(batches) else 1000
+        holders = [o for o in self.trainer.optimizers if _holds(o, self._head.weight)]
+        if not holders:
+            raise ValueError("no optimizer of configure_optimizers holds the head: build it from self.parameters()")
+        apply_penalty(holders[0], self._head, self.penalty, window=window)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Scores, (n, outputs); a batch is inputs, or (inputs, target)."""
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return cast("Tensor", self(x))
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        x, y = batch
+        scores = self(x)
+        loss: Tensor = self.loss(scores, y)
+        self._stage(stage).update(scores.detach(), y, loss.detach(), self.loss)
+        return loss
+
+    def _stage(self, stage: str) -> StageMetrics:
+        return {"train": self._train_metrics, "val": self._val_metrics, "test": self._test_metrics}[stage]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % _CHECK_EVERY == 0:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        metrics = self._stage("train")
+        if bool(metrics.loss_sum.isfinite()) and bool(self._head.weight.detach().sum().isfinite()):
+            return
+        bad = int(metrics.first_bad)
+        step = self.trainer.global_step if bad < 0 else self._epoch_start + bad // self.trainer.accumulate_grad_batches
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        raise DivergenceError(
+            f"training diverged at step {step} (epoch {self.current_epoch}): the objective is not finite with "
+            f"lr={rate:.3g}; leave lr out for a safe one, use a smaller one, or look for NaN in the data"
+        )
+
+    def on_train_epoch_start(self) -> None:
+        self._epoch_start = self.trainer.global_step
+
+    def on_train_epoch_end(self) -> None:
+        self._check_finite()
+        values = self._logged("train")
+        with torch.no_grad():
+            values["train_objective"] = self.objective.value(values["train_loss"], self._head).float()
+            values["nonzero"] = (self._head.weight != 0).float().mean()
+        values.pop("train_balanced_accuracy")
+        self.log_dict(values)
+        self.loss.validate = False
+
+    def on_validation_epoch_end(self) -> None:
+        values = self._logged("val")
+        self.log("val_accuracy", values.pop("val_accuracy"), prog_bar=True)
+        self.log_dict(values)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self._logged("test"))
+
+    def _logged(self, stage: str) -> dict[str, Tensor]:
+        metrics = self._stage(stage)
+        values = {f"{stage}_{name}": value for name, value in metrics.compute().items()}
+        metrics.reset()
+        return values
+
+
+def _holds(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    return any(p is weight for group in optimizer.param_groups for p in group["params"])
+
+
+def _first_input(loader: Iterable[Any]) -> Tensor:
+    batch = next(iter(loader))
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a training batch is (inputs, target) with tensors, got {type(x).__name__} for the inputs")
+    return x

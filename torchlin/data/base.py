@@ -1,0 +1,213 @@
+"""What all data modules share: splits, loaders, and facts about the training split."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from .loading import ArrayDataset, Loader, make_loader
+from .splits import stratified_split
+from .standardize import Standardization, standardize_features, standardize_pixels
+
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+
+
+class Arrays(NamedTuple):
+    """One split as the source has it.
+
+    Attributes:
+        inputs: uint8 pixels (n, C, H, W) or float32 features (n, p).
+        targets: class indices, int64 (n,).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class ArrayDataModule(LightningDataModule, abc.ABC):
+    """Base of the data modules whose splits are arrays: a subclass describes its data and reads them.
+
+    Right after construction `name`, `class_names`, `num_classes`, `in_features` and `input_info` are known.
+    Batches are `(x, y)`: x uint8 (b, C, H, W) or float32 (b, p), y int64 (b,).
+
+    Args:
+        name: short name of the data, used for run folders.
+        class_names: one name per class, in the order of the class indices.
+        input_info: what one input is, as plain JSON values; `shape` is its shape without the batch dimension.
+        source_splits: which of train, val and test the source itself has.
+        batch_size: samples per batch.
+        num_workers: processes that load batches; 0 is fastest for data in memory.
+        seed: decides the order of training samples and which of them become validation samples.
+        val_fraction: share of the training samples held out for validation, in [0, 1), if the source has no
+            validation split; 0 for none.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: a number of another type.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        input_info: Mapping[str, Any],
+        source_splits: Sequence[SplitName],
+        *,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.name: str = name
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+        self.input_info = dict(input_info)
+        self.in_features = math.prod(self.input_info["shape"])
+        self.batch_size = checked_integer("batch_size", batch_size, at_least=1)
+        self.num_workers = checked_integer("num_workers", num_workers, at_least=0)
+        self.seed = checked_integer("seed", seed, at_least=0)
+        self.val_fraction = _checked_fraction(val_fraction)
+        self._source_splits = tuple(source_splits)
+        self._arrays: dict[SplitName, Arrays] = {}
+        self._datasets: dict[SplitName, ArrayDataset | None] = {}
+        self._standardization: Standardization | None = None
+        self._fingerprint: str | None = None
+
+    @abc.abstractmethod
+    def read_splits(self, splits: Sequence[SplitName]) -> Mapping[SplitName, Arrays]:
+        """Read the named splits of the source; called at most once per split, and may return others too."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what `stage` ("fit", "validate", "test"; None for all) needs and is not in memory yet.
+
+        "fit" also reads the test split: a file that cannot be read should stop a run before it trains.
+        """
+        needed: dict[str | None, tuple[SplitName, ...]] = {
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": (),
+        }
+        self._read(needed.get(stage, SPLITS))
+
+    def train_dataloader(self) -> Loader:
+        """Training batches, shuffled by (seed, epoch); the last one may be smaller."""
+        return make_loader(self._train(), self.batch_size, self.num_workers, shuffle_seed=self.seed)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Validation batches in order; an empty list if there is no validation split."""
+        return self._ordered_loader("val")
+
+    def test_dataloader(self) -> Loader | list[Loader]:
+        """Test batches in order; an empty list if there is no test split."""
+        return self._ordered_loader("test")
+
+    @property
+    def standardization(self) -> Standardization:
+        """Mean and standard deviation of the training split, on raw input (x/255 for pixels)."""
+        if self._standardization is None:
+            train = self._train()
+            pixels = train.inputs.dtype == torch.uint8
+            self._standardization = (standardize_pixels if pixels else standardize_features)(train.blocks)
+        return self._standardization
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Samples of each class in the training split, int64 (k,)."""
+        return torch.bincount(self._train().labels(), minlength=self.num_classes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples in `train`, `val` and `test`; 0 where there is no such split."""
+        self._read(SPLITS)
+        return {split: len(self._dataset(split) or ()) for split in SPLITS}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the source's data, as hexadecimal digits; independent of `seed` and `val_fraction`."""
+        if self._fingerprint is None:
+            self._fingerprint = self.compute_fingerprint()
+        return self._fingerprint
+
+    def compute_fingerprint(self) -> str:
+        """Hash the class names and all arrays of the source."""
+        self._read(SPLITS)
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for split in SPLITS:
+            if split in self._arrays:
+                for array in self._arrays[split]:
+                    digest.update(repr((split, tuple(array.shape), str(array.dtype))).encode())
+                    digest.update(array.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _train(self) -> ArrayDataset:
+        dataset = self._dataset("train")
+        assert dataset is not None
+        return dataset
+
+    def _ordered_loader(self, split: SplitName) -> Loader | list[Loader]:
+        dataset = self._dataset(split)
+        return make_loader(dataset, self.batch_size, self.num_workers, shuffle_seed=None) if dataset else []
+
+    def _dataset(self, split: SplitName) -> ArrayDataset | None:
+        if split not in self._datasets:
+            self._read((split,))
+            if split == "test" or "val" in self._source_splits:
+                arrays = self._arrays.get(split)
+                self._datasets[split] = None if arrays is None else ArrayDataset(*arrays)
+            else:
+                self._carve_validation(self._arrays["train"])
+        return self._datasets[split]
+
+    def _carve_validation(self, train: Arrays) -> None:
+        kept, held = stratified_split(train.targets, self.val_fraction, self.seed)
+        if len(held):
+            self._datasets["train"] = ArrayDataset(*train, rows=kept)
+            self._datasets["val"] = ArrayDataset(*train, rows=held)
+        else:
+            self._datasets["train"] = ArrayDataset(*train)
+            self._datasets["val"] = None
+
+    def _read(self, splits: Sequence[SplitName]) -> None:
+        carved = "val" in splits and "val" not in self._source_splits
+        wanted = [
+            split
+            for split in self._source_splits
+            if split not in self._arrays and (split in splits or (carved and split == "train"))
+        ]
+        if wanted:
+            self._arrays.update(self.read_splits(wanted))
+
+
+def checked_integer(name: str, value: int, *, at_least: int) -> int:
+    """Return `value` as an int, or raise an error that names the argument."""
+    expected = f"{name} must be an integer of at least {at_least}"
+    if isinstance(value, bool):
+        raise TypeError(f"{expected}, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{expected}, got {value!r}") from None
+    if number < at_least:
+        raise ValueError(f"{expected}, got {number}")
+    return number
+
+
+def _checked_fraction(value: float) -> float:
+    expected = "val_fraction must be a number in [0, 1) (0 for no validation split)"
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{expected}, got {value!r}") from None
+    if not 0 <= fraction < 1:
+        raise ValueError(f"{expected}, got {value!r}")
+    return fraction

@@ -1,0 +1,62 @@
+"""Mean and standard deviation of a training split, exact and in one block of memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Blocks = Callable[[], Iterable[Tensor]]
+
+
+class Standardization(NamedTuple):
+    """Column means and population standard deviations in raw-input coordinates: x/255 for pixels.
+
+    Attributes:
+        mean: float32 (p,).
+        std: float32 (p,); 1 for columns that are constant.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def standardize_pixels(blocks: Blocks) -> Standardization:
+    """Standardisation of uint8 blocks (m, …), m ≤ 33,025, read once; integer sums, so order is free."""
+    n = 0
+    total = squares = torch.zeros((), dtype=torch.int64)
+    for block in blocks():
+        x = block.flatten(1).to(torch.int32)
+        n += len(x)
+        total = total + x.sum(0, dtype=torch.int32).long()
+        squares = squares + x.mul_(x).sum(0, dtype=torch.int32).long()
+    # Around the integer part q of the mean nothing cancels: Σ(x − q)² is an exact integer, Σ(x − q) = r < n.
+    q = total // n
+    r = total - q * n
+    around_q = squares - 2 * q * total + q * q * n
+    variance = (around_q.double() - r.double().square() / n) / n
+    return _rounded(total.double() / n / 255, variance.sqrt() / 255)
+
+
+def standardize_features(blocks: Blocks) -> Standardization:
+    """Standardisation of float blocks (m, p), read twice: first the mean, then the deviations from it."""
+    n = 0
+    # Deviations from the first row: a constant column gives exact zeros, hence a standard deviation of
+    # exactly 0.
+    origin = next(iter(blocks()))[0].double()
+    total = torch.zeros_like(origin)
+    for block in blocks():
+        n += len(block)
+        total += (block.double() - origin).sum(0)
+    mean = origin + total / n
+    variance = torch.zeros_like(origin)
+    for block in blocks():
+        variance += (block.double() - mean).square().sum(0)
+    return _rounded(mean, (variance / n).sqrt())
+
+
+def _rounded(mean: Tensor, std: Tensor) -> Standardization:
+    std = std.float()
+    return Standardization(mean.float(), torch.where(std > 0, std, torch.ones_like(std)))
