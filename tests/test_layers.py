@@ -51,7 +51,7 @@ HEAVY = (
 
 def part_of(module: str) -> str:
     """torchlin.data.folder → data; torchlin itself → __init__."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def module_of(path: Path) -> str:

@@ -136,7 +136,7 @@ class LinearClassifier(LightningModule):
     def to_head(self) -> LinearHead:
         """A plain `LinearHead` with the same scores, on raw input: what to import into a larger model."""
         head = self._head.fold()
-        head.info = {"loss": LOSS_REGISTRY.spec(self.loss), **self._head.info}
+        head.info = {**self._head.info, "loss": self.hparams["loss"]}
         return head
 
     @torch.no_grad()

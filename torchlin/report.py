@@ -38,6 +38,8 @@ def plot_templates(
     class_names: Sequence[str] | None = None,
     shape: Sequence[int] | None = None,
     ax: Axes | None = None,
+    *,
+    std: Tensor | None = None,
 ) -> Axes:
     """The rows of W, one template per class.
 
@@ -51,6 +53,8 @@ def plot_templates(
         class_names: k names, or 2 for a single score; by default those of `head.info`, else the indices.
         shape: (C, H, W) with C·H·W = p; by default that of `head.info`. Only C = 1 and C = 3 are drawn as images.
         ax: where to draw.
+        std: σ of the features, (p,); draws W·σ, what one standard deviation of each feature adds to a score. Raw
+            weights of features that hardly ever vary can be so large that nothing else is seen.
 
     Beyond 100 classes an image mosaic shows the first 100 and says so.
 
@@ -59,7 +63,9 @@ def plot_templates(
     """
     if isinstance(head, StandardizedHead):
         head = head.fold()
-    weight = head.penalized(head.weight).detach().cpu().float().numpy()
+    raw = head.penalized(head.weight).detach().cpu().float()
+    weight = (raw if std is None else raw * std.cpu()).numpy()
+    unit = "weight" if std is None else "weight × σ"
     rows, features = weight.shape
     names = _row_names(head, class_names)
     described = head.info.get("input", {})
@@ -71,9 +77,9 @@ def plot_templates(
     if len(shape) == 3 and shape[0] in (1, 3):
         channels, height, width = shape
         templates = weight[:MAX_TEMPLATES].reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-        ax = _mosaic(templates, labels, ax)
+        ax = _mosaic(templates, labels, unit, ax)
     else:
-        ax = _heatmap(weight, labels, described.get("feature_names"), ax)
+        ax = _heatmap(weight, labels, described.get("feature_names"), unit, ax)
     if rows == 1:
         ax.set_title(f"score > 0: {_shortened(names[1], 30)}", fontsize=10)
     return ax
@@ -93,7 +99,7 @@ def _row_names(head: LinearHead, class_names: Sequence[str] | None) -> list[str]
     return [str(name) for name in class_names]
 
 
-def _mosaic(templates: np.ndarray, labels: Sequence[str], ax: Axes | None) -> Axes:
+def _mosaic(templates: np.ndarray, labels: Sequence[str], unit: str, ax: Axes | None) -> Axes:
     """Templates (m, H, W, C) in a grid; `labels` may be more than m, the rest being left out."""
     count, height, width, channels = templates.shape
     columns = _columns(count)
@@ -133,7 +139,7 @@ def _mosaic(templates: np.ndarray, labels: Sequence[str], ax: Axes | None) -> Ax
         ax.set_title(f"the first {count} of {len(labels)} classes", fontsize=10)
     if channels == 1 and image is not None:
         bar = ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, aspect=25)
-        bar.set_label("weight")
+        bar.set_label(unit)
     return ax
 
 
@@ -151,7 +157,9 @@ def _points(ax: Axes, width: float, height: float) -> float:
     return min(box.width / width, box.height / height) * 72 / ax.figure.dpi
 
 
-def _heatmap(weight: np.ndarray, labels: Sequence[str], feature_names: Sequence[str] | None, ax: Axes | None) -> Axes:
+def _heatmap(
+    weight: np.ndarray, labels: Sequence[str], feature_names: Sequence[str] | None, unit: str, ax: Axes | None
+) -> Axes:
     rows, features = weight.shape
     if ax is None:
         ax = _new_axes(min(12.0, max(4.5, 2.2 + 0.55 * features)), min(10.0, max(2.2, 1.4 + 0.36 * rows)))
@@ -172,7 +180,7 @@ def _heatmap(weight: np.ndarray, labels: Sequence[str], feature_names: Sequence[
         for (i, j), value in np.ndenumerate(weight):
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color=_ink(abs(value) / limit, 0.65))
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02)
-    bar.set_label("weight")
+    bar.set_label(unit)
     return ax
 
 
@@ -414,6 +422,13 @@ def save(ax: Axes, path: str | os.PathLike[str]) -> Path:
     ax.figure.canvas.print_figure(content, format="png", dpi=150, bbox_inches="tight")
     replace_file(Path(path), content.getvalue())
     return Path(path)
+
+
+def close(ax: Axes) -> None:
+    """Close the figure of `ax`, which pyplot would otherwise keep."""
+    import matplotlib.pyplot as plt
+
+    plt.close(ax.get_figure(root=True))
 
 
 # What they share.

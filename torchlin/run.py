@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from torchlin.heads import LinearHead, Standardization, load_head, replace_file, save_head
-from torchlin.losses import Loss
+from torchlin.losses import LOSS_REGISTRY, Loss
 from torchlin.penalties import PENALTY_REGISTRY, Penalty
 from torchlin.registry import nearest
 from torchlin.version import __version__
@@ -214,13 +214,15 @@ class RunFolder(Checkpoint):
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
         loader = trainer.val_dataloaders
-        draw(folder, head, self.rows, loader if isinstance(loader, Iterable) else ())
+        std = cast("Trained", module).standardization.std
+        draw(folder, head, std, self.rows, loader if isinstance(loader, Iterable) else ())
 
 
 def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[str, Any]) -> LinearHead:
     """Write head.safetensors and head.json; `data` may be any data module, or None. Returns the head as written."""
     head = trained.to_head().cpu()
-    classes = trained.loss.classes(head.out_features)
+    loss = LOSS_REGISTRY.make(head.info["loss"])
+    classes = loss.classes(head.out_features)
     names = getattr(data, "class_names", None) or [str(c) for c in range(classes)]
     known = {
         "input": getattr(data, "input_info", None) or {"kind": "features", "shape": [head.in_features]},
@@ -232,7 +234,7 @@ def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[st
         head,
         folder,
         class_names=names,
-        loss=trained.loss,
+        loss=loss,
         standardization=trained.standardization,
         info={**known, **facts},
     )
@@ -249,17 +251,21 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     replace_file(path, (json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def draw(folder: Path, head: LinearHead, rows: Sequence[Mapping[str, float]], loader: Iterable[Any]) -> None:
-    """Draw the pictures of a run: class templates, learning curves, and the confusion matrix of `loader`."""
+def draw(
+    folder: Path, head: LinearHead, std: Tensor, rows: Sequence[Mapping[str, float]], loader: Iterable[Any]
+) -> None:
+    """Draw the pictures of a run: class templates (W·σ), learning curves, and the confusion matrix of `loader`."""
     from torchlin import report
 
-    report.save(report.plot_templates(head), folder / "templates.png")
+    drawn = {"templates.png": report.plot_templates(head, std=std)}
     if rows:
-        report.save(report.plot_curves(list(rows)), folder / "curves.png")
+        drawn["curves.png"] = report.plot_curves(list(rows))
     matrix = confusion_matrix(head, loader)
     if int(matrix.sum()):
-        axes = report.plot_confusion(matrix, head.info["class_names"])
-        report.save(axes, folder / "confusion.png")
+        drawn["confusion.png"] = report.plot_confusion(matrix, head.info["class_names"])
+    for name, axes in drawn.items():
+        report.save(axes, folder / name)
+        report.close(axes)
 
 
 def confusion_matrix(head: LinearHead, loader: Iterable[Any]) -> Tensor:
