@@ -17,18 +17,10 @@ import torchvision
 from plain import each_loss
 from torch import Tensor, nn
 
-from torchlin import heads
-from torchlin.heads import (
-    LinearHead,
-    Standardization,
-    StandardizedHead,
-    absorb_bias,
-    append_one,
-    load_head,
-    save_head,
-    split_bias,
-)
+from torchlin import storage
+from torchlin.heads import LinearHead, Standardization, StandardizedHead, absorb_bias, append_one, split_bias
 from torchlin.losses import LOSSES, HingeLoss, LogisticLoss, Loss, SoftmaxLoss
+from torchlin.storage import load_head, save_head
 
 NO_PROBABILITIES = ("perceptron", "hinge", "crammer_singer", "squared_hinge")
 
@@ -173,7 +165,7 @@ def test_split_bias_inverts_absorb_bias() -> None:
     assert again.weight.requires_grad
     with pytest.raises(ValueError, match="no bias to absorb"):
         absorb_bias(random_head(bias=False))
-    with pytest.raises(ValueError, match="already has a bias"):
+    with pytest.raises(ValueError, match="holds no bias"):
         split_bias(head)
 
 
@@ -364,7 +356,7 @@ def test_a_failed_write_leaves_the_old_head_whole(
     old, new = random_head(), random_head()
     folder = saved(tmp_path, old, class_names=["a", "b", "c"])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    owner: Any = heads.os if call == "fsync" else heads.Path
+    owner: Any = storage.os if call == "fsync" else storage.Path
     real, calls = getattr(owner, call), []
 
     def full_disk(*args: Any, **kwargs: Any) -> Any:
@@ -457,7 +449,7 @@ def test_two_files_that_do_not_belong_together(tmp_path: Path, other: dict[str, 
     folder = saved(tmp_path)
     info = json.loads((folder / "head.json").read_text())
     (folder / "head.json").write_text(json.dumps(info | other))
-    with pytest.raises(ValueError, match=r"\(3, 6\), but head\.json speaks of|got 3"):
+    with pytest.raises(ValueError, match=r"\(3, 6\), but head\.json speaks of"):
         load_head(folder)
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("autograd",),
     ("losses", "penalties"),
     ("functional", "heads"),
+    ("storage",),
     ("optim", "features"),
     ("objective",),
     ("solvers",),

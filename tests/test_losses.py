@@ -228,10 +228,8 @@ def test_crammer_singer_takes_the_lowest_index_on_ties(target: int, expected: li
     assert gradient.tolist() == [expected]
 
 
-@pytest.mark.parametrize("cls", each_loss())
+@pytest.mark.parametrize("cls", [pytest.param(c, id=c.name) for c in LOSSES if c is not LogisticLoss])
 def test_a_lone_class_has_no_loss(cls: type[Loss]) -> None:
-    if cls is LogisticLoss:
-        pytest.skip("has two classes by definition")
     value, gradient = value_and_gradient(cls(), torch.tensor([[3.0], [-2.0]]), torch.tensor([0, 0]))
     assert float(value) == 0
     assert not gradient.any()
@@ -672,7 +670,7 @@ def test_unknown_name_suggests_the_nearest(word: str, meant: str) -> None:
         ({"name": "hinge", "margn": 1.0}, ValueError, r"'hinge' has no option 'margn' \(did you mean 'margin'\?\)"),
         ({"name": "perceptron", "margin": 1.0}, ValueError, "'perceptron' has no option 'margin'.*options: weight"),
         (3, TypeError, "a name, a mapping or a Loss, got int; known names: perceptron"),
-        ("no.such.Loss", ValueError, "'no.such.Loss' cannot be imported"),
+        ("no.such.Loss", ValueError, "import the module 'no.such' that defines it first"),
         ("torch.nn.Linear", ValueError, "not a subclass of torchlin's Loss"),
     ],
     ids=["unknown", "nameless", "misspelt", "not_an_option", "int", "no_module", "no_loss"],

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchlin import functional
-from torchlin.heads import LinearHead, Standardization, absorb_bias, append_one, load_head, save_head, split_bias
+from torchlin.heads import LinearHead, Standardization, absorb_bias, append_one, split_bias
 from torchlin.losses import (
     LOSSES,
     CrammerSingerLoss,
@@ -26,6 +26,7 @@ from torchlin.optim import apply_penalty
 from torchlin.penalties import L1, L2, PENALTIES, ElasticNet, Penalty
 from torchlin.registry import nearest
 from torchlin.solvers import gradient_descent
+from torchlin.storage import load_head, save_head
 from torchlin.version import __version__
 
 if TYPE_CHECKING:

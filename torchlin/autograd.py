@@ -106,9 +106,7 @@ class _Value(torch.autograd.Function):
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        scores: Tensor, target: Tensor, coefficient: Tensor | None, upstream: Tensor, loss: RowLoss
-    ) -> Tensor:
+    def forward(scores: Tensor, target: Tensor, coefficient: Tensor | None, upstream: Tensor, loss: RowLoss) -> Tensor:
         return _scaled_gradient(scores, target, coefficient, upstream, loss)
 
     @staticmethod

@@ -222,12 +222,14 @@ class LinearClassifier(LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError("schedule='cosine' needs an end: give the Trainer max_epochs or max_steps, or use 'constant'")
+            raise ValueError(
+                "schedule='cosine' needs an end: give the Trainer max_epochs or max_steps, or use 'constant'"
+            )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _safe_rate(self) -> float:
-        """1 / (curvature of the loss · mean ‖[x̃ 1]‖²): no larger than 1/L for the gradient of any mini-batch on average."""
+        """1 / (curvature of the loss · mean ‖[x̃ 1]‖²): on average at most 1/L for the gradient of a mini-batch."""
         standardization = getattr(self._data(), "standardization", None)
         if standardization is not None:
             squared_norm = float(self._head.in_features)  # a standardised feature has mean square 1, a constant one 0

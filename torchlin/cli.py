@@ -18,20 +18,21 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
 from torchlin import data as torchlin_data
 from torchlin.classifier import DivergenceError, LinearClassifier
 from torchlin.data import DataError
-from torchlin.heads import LinearHead, load_head
+from torchlin.heads import LinearHead
 from torchlin.predict import predict_images
 from torchlin.registry import nearest
 from torchlin.run import CHECKPOINT, CONFIG, RunFolder, add_metrics, find_run, newest_run
+from torchlin.storage import load_head
 from torchlin.version import __version__
 
 HELP = """\
@@ -129,7 +130,9 @@ class TorchlinCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _config_text(self) -> str:
-        full = yaml.safe_load(self._parser(self.subcommand).dump(self.options(), skip_none=False, skip_link_targets=True))
+        full = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.options(), skip_none=False, skip_link_targets=True)
+        )
         text: str = yaml.safe_dump({key: full[key] for key in _SAVED_KEYS if key in full}, sort_keys=False)
         return text
 
@@ -179,7 +182,7 @@ _RUN_HELP = (
 )
 _DESCRIPTIONS = {
     "fit": "Train a linear classifier. Without options: softmax on scikit-learn's digits. The ones most used: "
-    "--data ImageFolderDataModule --data.root FOLDER, --model.loss hinge, --model.penalty '{name: l1, strength: 0.001}', "
+    "--data.root FOLDER, --model.loss hinge, --model.penalty '{name: l1, strength: 0.001}', "
     "--trainer.max_epochs 20, --run FOLDER.",
     "validate": "Measure a run on its validation split.",
     "test": "Measure a run on its test split.",
@@ -369,7 +372,9 @@ def _message(error: BaseException, arguments: Sequence[str]) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", str(error))
     if unknown:
         known = [f"--{key}" for key in _known_options()]
-        return f"{arguments[0]} has no option {unknown[1]}{nearest(unknown[1], known)}; see torchlin {arguments[0]} --help"
+        return (
+            f"{arguments[0]} has no option {unknown[1]}{nearest(unknown[1], known)}; see torchlin {arguments[0]} --help"
+        )
     return _option_message(str(error))
 
 

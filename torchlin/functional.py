@@ -25,7 +25,8 @@ def _function(cls: type[Loss]) -> Callable[..., Tensor]:
         for name in ("scores", "target")
     ]
     options = inspect.signature(cls).parameters.values()
-    loss_function.__signature__ = inspect.Signature([*first, *options], return_annotation="Tensor")  # type: ignore[attr-defined]
+    # What help() and editors show; a function's own dictionary is where `inspect` looks for it.
+    loss_function.__dict__["__signature__"] = inspect.Signature([*first, *options], return_annotation="Tensor")
     loss_function.__name__ = loss_function.__qualname__ = f"{cls.name}_loss"
     loss_function.__doc__ = cls.__doc__
     return loss_function
@@ -33,7 +34,7 @@ def _function(cls: type[Loss]) -> Callable[..., Tensor]:
 
 _FUNCTIONS = {f"{cls.name}_loss": _function(cls) for cls in LOSSES}
 globals().update(_FUNCTIONS)
-__all__ = list(_FUNCTIONS)  # noqa: PLE0605
+__all__ = list(_FUNCTIONS)
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:

@@ -182,7 +182,7 @@ class Loss(nn.Module):
             if target.numel() == 0:
                 return target, None
             low, high = (int(v) for v in torch.aminmax(target))
-            in_range = 0 <= low and high < classes
+            in_range = low >= 0 and high < classes
             if not in_range:
                 valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)
                 if not bool(valid.all()):
@@ -435,6 +435,11 @@ class SoftmaxLoss(Loss):
         return product if target.dim() == 1 else product * target.sum(1, keepdim=True)
 
     def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
+        # L = s·log Σ e^z − ⟨q, z⟩ with s = Σ q, so g + q = s·p and −L*(g) = s·entropy(p).
+        if target.dim() == 2:
+            total = target.sum(1, keepdim=True)
+            p = (score_gradient + target) / total
+            return -(total * torch.xlogy(p, p)).sum(1)
         ones = score_gradient.new_ones((len(target), 1))
         p = score_gradient.scatter_add(1, target.unsqueeze(1), ones)
         return -torch.xlogy(p, p).sum(1)
@@ -516,7 +521,9 @@ class LogisticLoss(Loss):
     @classmethod
     def classes(cls, outputs: int) -> int:
         if outputs != 1:
-            raise ValueError(f"the logistic loss takes one score per sample, (n,) or (n, 1), got {outputs}: use softmax")
+            raise ValueError(
+                f"the logistic loss takes one score per sample, (n,) or (n, 1), got {outputs}: use softmax"
+            )
         return 2
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
@@ -602,9 +609,7 @@ def _squared_hinge_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor
     return _leads(scores, own).add_(margin).relu_().scatter_(1, own, 0).square_().sum(1)
 
 
-def _count_rows(
-    scores: Tensor, target: Tensor, margin: float, violates: Callable[[Tensor, float], Tensor]
-) -> Tensor:
+def _count_rows(scores: Tensor, target: Tensor, margin: float, violates: Callable[[Tensor, float], Tensor]) -> Tensor:
     own = target.unsqueeze(1)
     return _close_rows(violates(_leads(scores, own).add_(margin), 0), own)
 

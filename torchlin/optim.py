@@ -217,7 +217,7 @@ def _check_group(group: Group, penalty: Penalty) -> None:
         )
     if group.get("centered", False):
         raise ValueError(
-            "RMSprop(centered=True) divides by the spread of the gradient, which vanishes as it settles at the penalty: "
+            "RMSprop(centered=True) divides by the spread of the gradient, which vanishes as it settles: "
             "use centered=False"
         )
     if group.get("maximize", False):

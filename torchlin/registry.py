@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -29,7 +29,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """A tuple of classes that users may name: `kind` is the word for one of them in messages, `base` what all extend."""
+    """A tuple of classes that users may name. `kind` is the word for one in messages, `base` what all extend."""
 
     kind: str
     base: type[T]
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         return [cls.name for cls in self.classes]
 
     def find(self, name: str) -> type[T]:
-        """The class called `name`, or the one at the import path `name` ("package.module.Class").
+        """The class called `name`, or an imported one of a user by its path ("package.module.Class").
 
         Raises:
             ValueError: no such class; the message suggests the nearest name, other libraries' words included.
@@ -55,11 +55,11 @@ class Registry(Generic[T]):
         raise ValueError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self.names())}")
 
     def _imported(self, path: str) -> type[T]:
+        # Looked up, never imported: the name may come from a file that somebody else wrote.
         module, _, attribute = path.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{self.kind} {path!r} cannot be imported: {error}") from None
+        if module not in sys.modules:
+            raise ValueError(f"{self.kind} {path!r}: import the module {module!r} that defines it first")
+        cls = getattr(sys.modules[module], attribute, None)
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(f"{self.kind} {path!r} is not a subclass of torchlin's {self.base.__name__}")
         return cls

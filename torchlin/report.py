@@ -22,8 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from torchlin.heads import LinearHead, StandardizedHead, replace_file
+from torchlin.heads import LinearHead, StandardizedHead
 from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.storage import replace_file
 
 MAX_TEMPLATES = 100
 _MAX_NUMBERED = 20  # confusion matrices up to this many classes have their counts written in the cells

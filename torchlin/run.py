@@ -14,14 +14,14 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from torchlin.heads import LinearHead, Standardization, load_head, replace_file, save_head
+from torchlin.heads import LinearHead, Standardization
 from torchlin.losses import LOSS_REGISTRY, Loss
 from torchlin.penalties import PENALTY_REGISTRY, Penalty
 from torchlin.registry import nearest
+from torchlin.storage import load_head, replace_file, save_head
 from torchlin.version import __version__
 
 RUNS = Path("runs")
@@ -65,7 +65,9 @@ def open_folder(path: str | os.PathLike[str]) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to ({error.strerror}); choose another folder with --run") from None
+        raise ValueError(
+            f"{folder}: cannot be written to ({error.strerror}); choose another folder with --run"
+        ) from None
     return folder
 
 
@@ -80,9 +82,7 @@ def number_folder(name: str, root: Path = RUNS) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise ValueError(
-                f"{folder}: cannot be made ({error.strerror}); choose another folder with --run"
-            ) from None
+            raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose another folder with --run") from None
         else:
             return folder
 
@@ -115,10 +115,10 @@ def find_run(path: str | os.PathLike[str]) -> Path:
 class RunFolder(Checkpoint):
     """Callback that keeps a run folder: `Trainer(callbacks=[torchlin.RunFolder("runs/mine")])`.
 
-    After each epoch it writes `metrics.csv` and `checkpoint.ckpt`; when fitting ends, also by Ctrl-C, `head.safetensors`,
-    `head.json`, and the pictures `templates.png`, `curves.png` and `confusion.png`. `trainer.test` with the same
-    callback adds the test metrics. The head is that of the last step. A run that fails before its first epoch is
-    complete leaves nothing behind.
+    After each epoch it writes `metrics.csv` and `checkpoint.ckpt`; when fitting ends, also by Ctrl-C,
+    `head.safetensors`, `head.json`, and the pictures `templates.png`, `curves.png` and `confusion.png`. `trainer.test`
+    with the same callback adds the test metrics. The head is that of the last step. A run that fails before
+    its first epoch is complete leaves nothing behind.
 
     Args:
         path: the folder; None for runs/<data>-<loss>-<number>.

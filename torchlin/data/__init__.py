@@ -1,12 +1,12 @@
 """Data for linear classifiers: images and tables, held in memory and handed out in whole batches."""
 
-from .base import ArrayDataModule
-from .cifar import CIFAR10DataModule, CIFAR100DataModule
-from .digits import DigitsDataModule
-from .errors import DataError
-from .folder import ImageFolderDataModule
-from .standardize import Standardization
-from .table import FeaturesDataModule
+from torchlin.data.base import ArrayDataModule
+from torchlin.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from torchlin.data.digits import DigitsDataModule
+from torchlin.data.errors import DataError
+from torchlin.data.folder import ImageFolderDataModule
+from torchlin.data.table import FeaturesDataModule
+from torchlin.heads import Standardization
 
 __all__ = [
     "ArrayDataModule",

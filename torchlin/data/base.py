@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from .loading import ArrayDataset, Loader, make_loader
-from .splits import stratified_split
-from .standardize import Standardization, standardize_features, standardize_pixels
+from torchlin.data.loading import ArrayDataset, Loader, make_loader
+from torchlin.data.splits import stratified_split
+from torchlin.data.standardize import standardize_features, standardize_pixels
+from torchlin.heads import Standardization
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")

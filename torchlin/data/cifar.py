@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from .base import ArrayDataModule, Arrays, SplitName
-from .errors import DataError
-from .images import PixelFormat
+from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.errors import DataError
+from torchlin.data.images import PixelFormat
 
 # Known before anything is read; in the order of the class indices.
 _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .errors import DataError
-from .images import PixelFormat, Pixels, decode_image
+from torchlin.data.errors import DataError
+from torchlin.data.images import PixelFormat, Pixels, decode_image
 
 _CHUNK = 64
 _PROGRESS_FROM = 2000

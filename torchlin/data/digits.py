@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .base import ArrayDataModule, Arrays, SplitName
-from .images import PixelFormat
-from .splits import stratified_split
+from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.images import PixelFormat
+from torchlin.data.splits import stratified_split
 
 _TEST_FRACTION = 0.2
 # Softmax regression scores between 0.94 and 0.99 on different test splits of so few images, 0.965 on average over the

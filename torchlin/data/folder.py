@@ -9,10 +9,10 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from .base import SPLITS, ArrayDataModule, Arrays, SplitName, checked_integer
-from .decoding import decode_files
-from .errors import DataError, nearest
-from .images import (
+from torchlin.data.base import SPLITS, ArrayDataModule, Arrays, SplitName, checked_integer
+from torchlin.data.decoding import decode_files
+from torchlin.data.errors import DataError, nearest
+from torchlin.data.images import (
     IMAGE_SUFFIXES,
     Color,
     PixelFormat,

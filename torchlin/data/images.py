@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import DataError
+from torchlin.data.errors import DataError
 
 Color = Literal["rgb", "gray"]
 Pixels = npt.NDArray[np.uint8]

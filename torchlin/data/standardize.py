@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchlin.heads import Standardization
+
 Blocks = Callable[[], Iterable[Tensor]]
-
-
-class Standardization(NamedTuple):
-    """Column means and population standard deviations in raw-input coordinates: x/255 for pixels.
-
-    Attributes:
-        mean: float32 (p,).
-        std: float32 (p,); 1 for columns that are constant.
-    """
-
-    mean: Tensor
-    std: Tensor
 
 
 def standardize_pixels(blocks: Blocks) -> Standardization:

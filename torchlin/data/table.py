@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import ArrayDataModule, Arrays, SplitName
-from .errors import DataError, nearest
-from .table_files import Table, read_table
+from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.errors import DataError, nearest
+from torchlin.data.table_files import Table, read_table
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import DataError, nearest
+from torchlin.data.errors import DataError, nearest
 
 FEATURES = "features"
 # What NumPy and zipfile raise on damaged archives; OSError is handled for all formats together.
