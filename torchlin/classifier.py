@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
@@ -78,7 +79,8 @@ class LinearClassifier(LightningModule):
         class_weight: Literal["balanced"] | list[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.loss: Loss = LOSS_REGISTRY.make(loss)
+        # A copy, because fitting sets its class weights and switches its checks off.
+        self.loss: Loss = copy.deepcopy(LOSS_REGISTRY.make(loss))
         self.penalty = None if penalty is None else PENALTY_REGISTRY.make(penalty)
         if isinstance(class_weight, Tensor):
             class_weight = cast("list[float]", class_weight.tolist())
@@ -104,6 +106,7 @@ class LinearClassifier(LightningModule):
         if class_weight != "balanced" and class_weight is not None:
             self._weigh_classes(torch.tensor(class_weight))
         self._train_metrics, self._val_metrics, self._test_metrics = (StageMetrics(num_classes) for _ in range(3))
+        self._checked: set[str] = set()  # the stages whose labels are known to be classes
 
     def _check_options(
         self,
@@ -125,8 +128,12 @@ class LinearClassifier(LightningModule):
             raise ValueError(f"momentum is in [0, 1), got {momentum}")
         if isinstance(class_weight, str) and class_weight != "balanced":
             raise ValueError(f"class_weight is 'balanced', one weight per class or none, got {class_weight!r}")
+        if isinstance(class_weight, list) and len(class_weight) != num_classes:
+            raise ValueError(f"class_weight has {len(class_weight)} entries for num_classes={num_classes}")
         if class_weight is not None and self.loss.weight is not None:
             raise ValueError("class weights are given twice: by class_weight and by the loss's own weight")
+        if self.loss.reduction != "mean":
+            raise ValueError(f"the objective averages the loss: reduction is 'mean', got {self.loss.reduction!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores on raw input, (n, outputs)."""
@@ -136,12 +143,14 @@ class LinearClassifier(LightningModule):
     def to_head(self) -> LinearHead:
         """A plain `LinearHead` with the same scores, on raw input: what to import into a larger model."""
         head = self._head.fold()
-        head.info = {**self._head.info, "loss": self.hparams["loss"]}
+        head.info = {**self._head.info, "loss": dict(self.hparams["loss"])}
+        if self.loss.weight is not None:
+            head.info["loss"]["weight"] = self.loss.weight.tolist()
         return head
 
     @torch.no_grad()
     def set_head(self, head: LinearHead) -> None:
-        """Take over the scores of a raw head, in the coordinates this classifier has.
+        """Take over the scores of a raw head, in the coordinates this classifier has, and what "balanced" came to.
 
         Raises:
             ValueError: another number of features or classes.
@@ -159,6 +168,9 @@ class LinearClassifier(LightningModule):
             self._head.bias.copy_(head.bias)
         self._head.restandardize(here)
         self._head.info = dict(head.info)
+        weight = head.info.get("loss", {}).get("weight")
+        if weight is not None and self.hparams["class_weight"] == "balanced":
+            self._weigh_classes(torch.tensor(weight))
 
     @property
     def standardization(self) -> Standardization:
@@ -168,6 +180,7 @@ class LinearClassifier(LightningModule):
     # Fitting.
 
     def setup(self, stage: str) -> None:
+        self._checked = set()
         if stage != "fit":
             return
         data = self._data()
@@ -184,9 +197,8 @@ class LinearClassifier(LightningModule):
                 "class_weight='balanced' needs the class counts of the training data: use a data module with "
                 "class_counts, or give one weight per class"
             )
-        # Labels that a torchlin data module counted are known to be classes. Others are looked at during the first
-        # epoch, which sees each of them once.
-        self.loss.validate = counts is None
+        if counts is not None:
+            self._checked = {"train", "val", "test"}
 
     def _data(self) -> object:
         # Trainer.datamodule exists at run time only; a fit on bare loaders has none.
@@ -207,10 +219,19 @@ class LinearClassifier(LightningModule):
             )
 
     def _weigh_classes(self, weight: Tensor) -> None:
-        spec = {**LOSS_REGISTRY.spec(self.loss), "weight": weight.tolist()}
+        options = {**LOSS_REGISTRY.spec(self.loss), "weight": weight}
+        options.pop("name")
         # Built anew, so that the weights pass the checks of the constructor.
-        self.loss = LOSS_REGISTRY.make(spec).to(self.device)
+        self.loss = type(self.loss)(**options).to(self.device)
         self.objective = Objective(self.loss, self.penalty)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.loss.weight is not None:  # what "balanced" came to cannot be found again without the training data
+            checkpoint["class_weight"] = self.loss.weight
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.hparams["class_weight"] == "balanced" and "class_weight" in checkpoint:
+            self._weigh_classes(checkpoint["class_weight"])
 
     def configure_optimizers(self) -> Any:
         rate = self.hparams["lr"] or self._safe_rate()
@@ -277,6 +298,8 @@ class LinearClassifier(LightningModule):
     def _step(self, batch: Any, stage: str) -> Tensor:
         x, y = batch
         scores = self(x)
+        # Labels that nobody counted are looked at in the first pass over them: each look synchronises the device.
+        self.loss.validate = stage not in self._checked
         loss: Tensor = self.loss(scores, y)
         self._stage(stage).update(scores.detach(), y, loss.detach(), self.loss)
         return loss
@@ -311,12 +334,14 @@ class LinearClassifier(LightningModule):
             values["nonzero"] = (self._head.weight != 0).float().mean()
         values.pop("train_balanced_accuracy")
         self.log_dict(values)
-        self.loss.validate = False
+        self._checked.add("train")
 
     def on_validation_epoch_end(self) -> None:
         values = self._logged("val")
         self.log("val_accuracy", values.pop("val_accuracy"), prog_bar=True)
         self.log_dict(values)
+        if not self.trainer.sanity_checking:
+            self._checked.add("val")
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self._logged("test"))

@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -92,12 +93,12 @@ def _runs(root: Path, name: str) -> list[Path]:
 
 
 def newest_run(root: Path = RUNS) -> Path:
-    """The folder under `root` whose head was written last.
+    """The folder under `root` that was trained last (measuring an old run does not make it the newest).
 
     Raises:
         FileNotFoundError: there is none.
     """
-    heads = sorted(root.glob("*/head.json"), key=lambda p: p.stat().st_mtime_ns)
+    heads = sorted(root.glob("*/head.safetensors"), key=lambda p: p.stat().st_mtime_ns)
     if not heads:
         raise FileNotFoundError(f"{root}: holds no finished run; train one with `torchlin fit`, or name one with --run")
     return heads[-1].parent
@@ -115,10 +116,10 @@ def find_run(path: str | os.PathLike[str]) -> Path:
 class RunFolder(Checkpoint):
     """Callback that keeps a run folder: `Trainer(callbacks=[torchlin.RunFolder("runs/mine")])`.
 
-    After each epoch it writes `metrics.csv` and `checkpoint.ckpt`; when fitting ends, also by Ctrl-C,
-    `head.safetensors`, `head.json`, and the pictures `templates.png`, `curves.png` and `confusion.png`. `trainer.test`
-    with the same callback adds the test metrics. The head is that of the last step. A run that fails before
-    its first epoch is complete leaves nothing behind.
+    When training starts and after each epoch it writes `checkpoint.ckpt`, after each epoch `metrics.csv`; when fitting
+    ends, also by Ctrl-C, `head.safetensors`, `head.json`, and the pictures `templates.png`, `curves.png` and
+    `confusion.png`. `trainer.test` with the same callback adds the test metrics. The head is that of the last step. A
+    run that fails before its first epoch is complete leaves nothing behind, and neither does `fast_dev_run`.
 
     Args:
         path: the folder; None for runs/<data>-<loss>-<number>.
@@ -139,13 +140,16 @@ class RunFolder(Checkpoint):
         self.resume = resume
         self.config = config
         self.rows: list[dict[str, float]] = []
+        # Lightning asks the first checkpointing callback for this when it is told to test without a model.
+        self.best_model_path = ""
         self._opened = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self._opened:
+        if stage != "fit" or self._opened or _dry(trainer):
             return
         if not isinstance(pl_module, Trained):
             raise TypeError(f"RunFolder writes the head of a LinearClassifier, got {type(pl_module).__name__}")
+        _check_names(pl_module, _data(trainer))
         if trainer.is_global_zero:
             self.path = self._open(trainer, pl_module)
         self.path = trainer.strategy.broadcast(self.path)
@@ -157,7 +161,7 @@ class RunFolder(Checkpoint):
             self.rows = _read_rows(folder / METRICS)
             return folder
         if self.path is None:
-            data = getattr(_data(trainer), "name", "data")
+            data = getattr(_data(trainer), "name", None) or "data"
             folder = number_folder(f"{data}-{module.loss.name}")
         else:
             folder = open_folder(self.path)
@@ -167,29 +171,44 @@ class RunFolder(Checkpoint):
         replace_file(folder / CONFIG, config.encode())
         return folder
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # So that a run which is stopped during its first epoch starts that epoch again when it is resumed.
+        if self._opened and not self.resume:
+            self._checkpoint(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._opened:
+            return
         row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         folder = cast("Path", self.path)
         if trainer.is_global_zero:
             replace_file(folder / METRICS, _csv(self.rows).encode())
-        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
+        self._checkpoint(trainer)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(cast("Path", self.path) / CHECKPOINT, weights_only=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if not self._opened:
+            return
+        others = [c for c in trainer.checkpoint_callbacks if not isinstance(c, RunFolder)]
+        best = next((getattr(c, "best_model_path", "") for c in others), "")
+        self.best_model_path = best or str(cast("Path", self.path) / CHECKPOINT)
+        if trainer.is_global_zero:
             self._finish(trainer, pl_module, interrupted=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not self._opened or trainer.state.fn != "fit":
             return
-        if isinstance(exception, KeyboardInterrupt):
-            folder = cast("Path", self.path)
-            if not (folder / CHECKPOINT).exists():
-                trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
-            if trainer.is_global_zero:
-                self._finish(trainer, pl_module, interrupted=True)
-        elif trainer.is_global_zero and not self.rows:
+        started = (cast("Path", self.path) / CHECKPOINT).exists()
+        if not trainer.is_global_zero:
+            return
+        if isinstance(exception, KeyboardInterrupt) and started:
+            self._finish(trainer, pl_module, interrupted=True)
+            rank_zero_info(f"torchlin: interrupted; {self.path} is complete up to here and can be resumed")
+        elif not (self.rows or self.resume):
             self._discard()
 
     def _discard(self) -> None:
@@ -213,9 +232,8 @@ class RunFolder(Checkpoint):
         metrics = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k not in ("epoch", "step")}
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
-        loader = trainer.val_dataloaders
         std = cast("Trained", module).standardization.std
-        draw(folder, head, std, self.rows, loader if isinstance(loader, Iterable) else ())
+        draw(folder, head, std, self.rows, _batches(trainer.val_dataloaders))
 
 
 def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[str, Any]) -> LinearHead:
@@ -271,10 +289,19 @@ def draw(
 def confusion_matrix(head: LinearHead, loader: Iterable[Any]) -> Tensor:
     """Counts (k, k) of the batches (x, y) of `loader`: rows are true classes, columns predicted ones."""
     k = len(head.info["class_names"])
+    ignored = LOSS_REGISTRY.make(head.info["loss"]).ignore_index
     matrix = torch.zeros(k, k, dtype=torch.long)
     for x, y in loader:
-        matrix += multiclass_confusion_matrix(head.predict(x.cpu()), y.cpu(), k)
+        x = x.cpu() if x.dtype == torch.uint8 else x.cpu().to(head.weight.dtype)
+        matrix += multiclass_confusion_matrix(head.predict(x), y.cpu().long(), k, ignore_index=ignored)
     return matrix
+
+
+def _batches(loaders: object) -> Iterable[Any]:
+    """The batches of a loader, or of the loaders of a list, as a data module may return either."""
+    if isinstance(loaders, (list, tuple)):
+        return (batch for loader in loaders for batch in loader)
+    return loaders if isinstance(loaders, Iterable) else ()
 
 
 def _csv(rows: Sequence[Mapping[str, float]]) -> str:
@@ -294,5 +321,17 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
 
 
+def _check_names(trained: Trained, data: object) -> None:
+    """That the data name as many classes as the head tells apart: better before training than after it."""
+    names = getattr(data, "class_names", None)
+    classes = trained.loss.classes(trained.to_head().out_features)
+    if names and len(names) != classes:
+        raise ValueError(f"the data have {len(names)} class_names, this classifier num_classes={classes}")
+
+
 def _data(trainer: Trainer) -> object:
     return getattr(trainer, "datamodule", None)  # exists at run time only
+
+
+def _dry(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))  # exists at run time only
