@@ -317,7 +317,8 @@ class LinearClassifier(LightningModule):
             return
         bad = int(metrics.first_bad)
         step = self.trainer.global_step if bad < 0 else self._epoch_start + bad // self.trainer.accumulate_grad_batches
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        group = self.trainer.optimizers[0].param_groups[0]
+        rate = group.get("initial_lr", group["lr"])  # what was asked for, before a schedule lowered it
         raise DivergenceError(
             f"training diverged at step {step} (epoch {self.current_epoch}): the objective is not finite with "
             f"lr={rate:.3g}; leave lr out for a safe one, use a smaller one, or look for NaN in the data"

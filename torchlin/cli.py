@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dis
 import inspect
+import itertools
 import logging
 import os
 import re
+import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +35,7 @@ from torchlin.data import DataError
 from torchlin.heads import LinearHead
 from torchlin.predict import predict_images
 from torchlin.registry import nearest
-from torchlin.run import CHECKPOINT, CONFIG, RunFolder, add_metrics, find_run, newest_run
+from torchlin.run import CHECKPOINT, CONFIG, RunFolder, add_metrics, check_checkpoint, find_run, newest_run
 from torchlin.storage import load_head
 from torchlin.version import __version__
 
@@ -96,7 +100,10 @@ class TorchlinCLI(LightningCLI):
             args=arguments,
             parser_kwargs={
                 **_STRICT,
-                **{name: {"description": _DESCRIPTIONS[name], **_STRICT} for name in self.subcommands()},
+                **{
+                    name: {"description": text, "usage": f"torchlin {name} [OPTIONS]", **_STRICT}
+                    for name, text in _DESCRIPTIONS.items()
+                },
             },
         )
 
@@ -122,12 +129,20 @@ class TorchlinCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.options()
+        given = self._get(self.config_init, "trainer")
+        callbacks = given["callbacks"] or []
+        kwargs["callbacks"] = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in kwargs["callbacks"]):
+            kwargs["callbacks"].append(_ShortBar())
         if self.subcommand == "fit":
             self.run_folder = RunFolder(
                 options.resume or options.run, resume=options.resume is not None, config=self._config_text()
             )
-            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), self.run_folder]
-        return super().instantiate_trainer(**kwargs)
+            kwargs["callbacks"].append(self.run_folder)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--trainer: {error}") from error
 
     def _config_text(self) -> str:
         full = yaml.safe_load(
@@ -138,7 +153,10 @@ class TorchlinCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         resume = self.options().resume
-        checkpoint = None if resume is None else str(find_run(resume) / CHECKPOINT)
+        checkpoint = None
+        if resume is not None:
+            checkpoint = find_run(resume) / CHECKPOINT
+            check_checkpoint(checkpoint, self.model)
         self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
 
     def after_fit(self) -> None:
@@ -172,6 +190,13 @@ class TorchlinCLI(LightningCLI):
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4f}")
         Console().print(table)
+
+
+class _ShortBar(RichProgressBar):
+    """Lightning's progress bar without the speed, so that a line and its metric fit into 80 columns."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        return [c for c in super().configure_columns(trainer) if not isinstance(c, ProcessingSpeedColumn)]
 
 
 # Errors are raised for `main` to print in one line, and an option is never guessed from its beginning.
@@ -226,12 +251,20 @@ def show_run(folder: Path, data: LightningDataModule) -> None:
     files = sorted(path.name for path in folder.iterdir())
     console.print(f"written to {folder}{os.sep}: {', '.join(files)}", markup=False)
     images = info["input"]["kind"] == "pixels"
-    following = f"torchlin predict --run {folder} IMAGES..." if images else f"torchlin test --run {folder}"
+    run = shlex.quote(str(folder))
+    following = f"torchlin predict --run {run} IMAGES..." if images else f"torchlin test --run {run}"
     console.print(f"next: {following}", markup=False)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors `main` prints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
 def predict(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchlin predict",
         description="Label images with a trained head. Prints (or writes) a CSV: file,label,score,probability, one row "
         "per image in the order given; probability is empty for losses that define none (hinge, perceptron).",
@@ -272,26 +305,38 @@ def _output(path: str | None) -> Iterator[Any]:
 def _lightning(arguments: list[str]) -> None:
     command, *rest = arguments
     rest = _named_configs(rest)
-    if command in ("validate", "test") and not {"-h", "--help"} & set(rest):
-        run = _value(rest, "--run")
-        folder = newest_run() if run is None else find_run(run)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {CONFIG}, so it is not a run")
+    run = None
+    if not {"-h", "--help"} & set(rest):
+        if command in ("validate", "test"):
+            named = _values(rest, "--run")
+            run = find_run(named[-1]) if named else newest_run()
+            rest = [*rest, "--run", str(run)]
+        elif resumed := _values(rest, "--resume"):
+            run = find_run(resumed[-1])
+    if run is not None:
+        if not (run / CONFIG).is_file():
+            raise FileNotFoundError(f"{run}: holds no {CONFIG}, so it is not a run")
         # The run's own configuration first: what is on the command line overrides it.
-        rest = ["--config", str(folder / CONFIG), *rest, *([] if run else ["--run", str(folder)])]
-    elif command == "fit" and not {"--data", "--config", "-c"} & {word.partition("=")[0] for word in rest}:
+        rest = ["--config", str(run / CONFIG), *rest]
+    if not _values(rest, "--data") and not any(_names_data(path) for path in _values(rest, "--config", "-c")):
         # The data named by what only one class takes; otherwise the digits.
-        guess = next((cls for option, cls in _DATA_BY_OPTION.items() if _value(rest, option) is not None), None)
+        guess = next((cls for option, cls in _DATA_BY_OPTION.items() if _values(rest, option)), None)
+        if run is not None and guess is None:
+            raise ValueError(f"{run}: its {CONFIG} names no data, as a script made it: name them with --data")
         rest = [*(["--data", guess] if guess else []), *rest]
-    if command == "fit" and (run := _value(rest, "--resume")) is not None:
-        folder = find_run(run)
-        if not (folder / CHECKPOINT).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {CHECKPOINT}, so there is nothing to resume")
-        rest = ["--config", str(folder / CONFIG), *rest]
     TorchlinCLI([command, *rest])
 
 
+def _names_data(config: str) -> bool:
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config}: no configuration, it cannot be read as YAML ({' '.join(str(error).split())})") from None
+    return isinstance(content, dict) and "data" in content
+
+
 _DATA_CLASSES = [name for name in torchlin_data.__all__ if name.endswith("DataModule") and name != "ArrayDataModule"]
+_METAVARS = {"root": "FOLDER", "path": "FILE"}
 _DATA_BY_OPTION = {"--data.root": "ImageFolderDataModule", "--data.path": "FeaturesDataModule"}
 
 
@@ -305,13 +350,14 @@ def _named_configs(arguments: list[str]) -> list[str]:
     return out
 
 
-def _value(arguments: list[str], option: str) -> str | None:
-    for i, word in enumerate(arguments):
-        if word == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if word.startswith(option + "="):
-            return word.removeprefix(option + "=")
-    return None
+def _values(arguments: list[str], *options: str) -> list[str]:
+    """What `options` are given, in order, as `--option value` and `--option=value`."""
+    values = []
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, is_joined, joined = word.partition("=")
+        if name in options and (is_joined or following is not None):
+            values.append(joined if is_joined else following)
+    return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -334,7 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
-        # Lightning ends a run stopped by Ctrl-C with 1, when its callbacks have written everything.
+        # So Lightning ends a run that Ctrl-C stopped, when its callbacks have written everything.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
         return int(stop.code or 0) if isinstance(stop.code, int) or stop.code is None else _fail(str(stop.code))
     except Exception as error:
         expected = _expected(error)
@@ -347,28 +395,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _expected(error: BaseException | None) -> BaseException | None:
     """The error that is the user's to mend, if any: torchlin raised it, or it is about files or options.
 
-    jsonargparse wraps what a constructor raises in errors of its own, so the chain is followed to the first cause.
+    jsonargparse wraps what a constructor raises in errors of its own, which are followed to what they wrap.
     """
-    found = None
+    wrapper = None
     while error is not None:
-        torchlin_raised = isinstance(error, (ValueError, TypeError)) and _raised_here(error)
-        kinds = (DataError, DivergenceError, MisconfigurationException, ArgumentError, argparse.ArgumentError, OSError)
-        if torchlin_raised or isinstance(error, kinds):
-            found = error if found is None or torchlin_raised or isinstance(error, DataError) else found
+        if isinstance(error, (DataError, DivergenceError, MisconfigurationException, OSError)):
+            return error
+        path, raised = _origin(error)
+        if isinstance(error, (ValueError, TypeError)) and raised and path.is_relative_to(Path(__file__).parent):
+            return error
+        if isinstance(error, (ArgumentError, argparse.ArgumentError)):
+            wrapper = wrapper or error
+        elif "jsonargparse" not in path.parts:
+            break
         error = error.__cause__ or error.__context__
-    return found
+    return wrapper
 
 
-def _raised_here(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+def _origin(error: BaseException) -> tuple[Path, bool]:
+    """The file that an error comes from, and whether by a `raise` there: a bug would come from anything else."""
+    last = error.__traceback__
+    if last is None:
+        return Path(), False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    return Path(code.co_filename), code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _message(error: BaseException, arguments: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, DataError):
+        return str(error)  # a list of files may take several lines
     if not isinstance(error, (ArgumentError, argparse.ArgumentError)):
-        return str(error)
+        return " ".join(str(error).split())
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", str(error))
     if unknown:
         known = [f"--{key}" for key in _known_options()]
@@ -380,20 +441,29 @@ def _message(error: BaseException, arguments: Sequence[str]) -> str:
 
 def _option_message(text: str) -> str:
     """jsonargparse's report of a value that does not fit, in one line: which option, what it takes, what it was."""
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    if key is None:
-        return " ".join(line.strip() for line in text.splitlines())
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    problems = [
-        re.sub(r"<class '([\w.]+)'>", r"\1", line)
-        for line in lines
-        if re.match(r"Expected|Option|Problem|Key", line) and "NoneType" not in line and "a path but" not in line
-    ]
-    given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), "")
-    hint = ""
-    if key[1] == "data":
-        hint = f"{nearest(given, torchlin_data.__all__)}; data: {', '.join(_DATA_CLASSES)}"
-    return f"--{key[1]}: {'; '.join(problems) or lines[0]}{', got ' + given if given else ''}{hint}"
+    keys = re.findall(r'Parser key "([\w.]+)"', text)
+    if not keys:
+        return " ".join(text.split())
+    text = text.replace("dot import path string", "class")
+    outer, inner = keys[0], keys[-1]  # a report on an argument of a class is nested in that on the class
+    cls = re.search(r"given class_path '[\w.]*?(\w+)'", text)
+    if cls and (missing := re.search(r"arguments are required: (.+)", text)):
+        return f"{cls[1]} needs {' and '.join(_example(outer, name) for name in missing[1].split(', '))}"
+    if cls and (refused := re.search(r"Option '(\w+)' is not accepted", text)):
+        return f"{cls[1]} has no option --{outer}.{refused[1]}"
+    lines = [line.strip().removeprefix("- ") for line in text[text.rindex("Parser key") :].splitlines()]
+    expected = [re.match(r"Expected an? (?!path but|<class 'NoneType'>)(.*?)(: .*|\. Got value: .*)?$", x) for x in lines]
+    kinds = [re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*)\]", r"\1\2", match[1]) for match in expected if match]
+    given = re.search(r"(?:Given|Got) value: (.*)", "\n".join(lines))
+    option = inner if inner.startswith(outer) else f"{outer}.{inner}"
+    message = f"--{option}: {'expected ' + ' or '.join(kinds) if kinds else lines[-1]}{', got ' + given[1] if given else ''}"
+    if option != "data" or not given:
+        return message
+    return f"{message}{nearest(given[1], _DATA_CLASSES)}; data: {', '.join(_DATA_CLASSES)}"
+
+
+def _example(key: str, name: str) -> str:
+    return f"--{key}.{name} {_METAVARS.get(name, name.upper())}"
 
 
 def _known_options() -> list[str]:

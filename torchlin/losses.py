@@ -25,7 +25,7 @@ Reduction = Literal["none", "mean", "sum"]
 
 # Rows are handled in blocks of about this many scores on a CPU: the block then stays in the cache between two
 # operations on it, and no temporary is as large as the scores.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 
 
 class Encoded(NamedTuple):
@@ -584,8 +584,13 @@ def _blocked(rows: Callable[..., Tensor], scores: Tensor, target: Tensor, *optio
     step = max(1, _BLOCK // max(1, scores.shape[1]))
     if len(scores) <= step or scores.device.type != "cpu" or torch.compiler.is_compiling():
         return rows(scores, target, *options)
-    blocks = zip(scores.split(step), target.split(step), strict=True)
-    return torch.cat([rows(s, t, *options) for s, t in blocks])
+    first = rows(scores[:step], target[:step], *options)
+    out = first.new_empty((len(scores), *first.shape[1:]))
+    out[:step] = first
+    for start in range(step, len(scores), step):
+        block = slice(start, start + step)
+        out[block] = rows(scores[block], target[block], *options)
+    return out
 
 
 def _leads(scores: Tensor, own: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -167,7 +169,9 @@ class RunFolder(Checkpoint):
             folder = open_folder(self.path)
         config = self.config
         if config is None:
-            config = yaml.safe_dump({"model": dict(cast("LightningModule", module).hparams)}, sort_keys=False)
+            options = dict(cast("LightningModule", module).hparams)
+            model = {k: v for k, v in options.items() if k not in ("in_features", "num_classes")}  # the data's to say
+            config = yaml.safe_dump({"model": model}, sort_keys=False)
         replace_file(folder / CONFIG, config.encode())
         return folder
 
@@ -230,6 +234,7 @@ class RunFolder(Checkpoint):
         folder = cast("Path", self.path)
         # The rows hold what was last logged in each epoch; the last is what the head was at its end.
         metrics = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k not in ("epoch", "step")}
+        metrics = _finite(metrics)
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
         std = cast("Trained", module).standardization.std
@@ -265,8 +270,26 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
     path = folder / "head.json"
     info = json.loads(path.read_text(encoding="utf-8"))
-    info["metrics"] = {**info.get("metrics", {}), **metrics}
+    info["metrics"] = {**info.get("metrics", {}), **_finite(metrics)}
     replace_file(path, (json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def check_checkpoint(path: Path, module: LightningModule) -> None:
+    """That a checkpoint can be read, and fits the module that is to go on from it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or from another number of features, classes or another loss.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: holds no {path.name}, so there is nothing to resume")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, no checkpoint can be read from it ({type(error).__name__})") from None
+    for key in ("in_features", "num_classes", "loss"):
+        if saved.get(key) != module.hparams[key]:
+            raise ValueError(f"{path}: trained with {key}={saved.get(key)}, but now it is {module.hparams[key]}")
 
 
 def draw(
@@ -302,6 +325,11 @@ def _batches(loaders: object) -> Iterable[Any]:
     if isinstance(loaders, (list, tuple)):
         return (batch for loader in loaders for batch in loader)
     return loaders if isinstance(loaders, Iterable) else ()
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without NaN and infinity, which JSON cannot say and a user's own metric may be."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _csv(rows: Sequence[Mapping[str, float]]) -> str:
