@@ -18,6 +18,7 @@ PACKAGE = Path(torchlin.__file__).parent
 LAYERS = (
     ("registry", "version"),
     ("autograd",),
+    ("loss",),
     ("losses", "penalties"),
     ("functional", "heads"),
     ("storage",),

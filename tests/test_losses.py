@@ -110,7 +110,7 @@ def test_blocks_of_rows_change_nothing(cls: type[Loss], monkeypatch: pytest.Monk
     loss = cls(reduction="none")
     scores, target = batch(loss, n=25)
     whole = value_and_gradient(loss, scores, target)
-    monkeypatch.setattr("torchlin.losses._BLOCK", 8)
+    monkeypatch.setattr("torchlin.loss._BLOCK", 8)
     for a, b in zip(value_and_gradient(loss, scores, target), whole, strict=True):
         assert torch.equal(a, b)
 

@@ -1,9 +1,8 @@
 """The losses: one class each, whose methods are its mathematics on rows of scores.
 
 `value`, `gradient`, `hessian_product` and `dual` see scores Z (n, k) in float32 or float64 and targets that are all
-valid; everything else (shapes, half types, class weights, ignored samples, averaging, autograd) is written once, in
-`Loss`. A loss of your own is a subclass with `name`, `value` and `gradient`; it then works as a module, in
-`LinearClassifier` and in every test of the package.
+valid; everything else is written once, in `Loss`. A loss of your own is a subclass with `name`, `value` and `gradient`;
+it then works as a module and in `LinearClassifier`.
 
 Throughout, d_j = z_j − z_y is the lead of rival j over the true class y, and Δ is the margin.
 """
@@ -12,220 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from torchlin.autograd import row_values
+from torchlin.loss import Encoded, Loss, Reduction, blocked, full_precision, reduce
 from torchlin.registry import Registry
 
-Reduction = Literal["none", "mean", "sum"]
-
-# Rows are handled in blocks of about this many scores on a CPU: the block then stays in the cache between two
-# operations on it, and no temporary is as large as the scores.
-_BLOCK = 1 << 16
-
-
-class Encoded(NamedTuple):
-    """A target as the mathematics wants it: `target` for `value` and `gradient`, the coefficient c_i of each sample in
-    the sum (None: all one) and its share in the denominator of the mean (None: all one)."""
-
-    target: Tensor
-    coefficient: Tensor | None
-    normaliser: Tensor | None
-
-
-def reduce(values: Tensor, normaliser: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
-    """The one place where losses are averaged: Σ values / Σ normaliser, or the sum, or nothing.
-
-    Args:
-        values: c_i L_i, any shape; samples that do not count are 0 in it.
-        normaliser: what each sample adds to the denominator N (its class weight; 0 if ignored); None means 1 each.
-        reduction: "none", "mean" or "sum".
-
-    A batch with nothing to average (no samples, or N = 0) has mean 0 with zero gradients.
-    """
-    if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    if normaliser is None:
-        return values.mean() if values.numel() else values.sum()
-    total = normaliser.sum()
-    return values.sum() / torch.where(total > 0, total, 1)
-
-
-class Loss(nn.Module):
-    """Base of the losses.
-
-    Args:
-        weight: one non-negative weight per class, (num_classes,); sample i then counts w_{y_i} times.
-        ignore_index: samples with this target do not count.
-        reduction: "mean" is Σ w_y L / Σ w_y over the samples that count, as in `torch.nn.CrossEntropyLoss`;
-            "sum"; or "none", which returns w_y L per sample.
-        validate: check target values in eager mode (one synchronisation on a GPU). Shapes and dtypes are always
-            checked; values are not under `torch.compile`, `torch.func` transforms and CUDA graph capture.
-
-    Shapes: scores (k,), (n, k) or (n, k, d1, …) with target (), (n,) or (n, d1, …) of any integer dtype, as
-    `CrossEntropyLoss` takes them. Half precision scores are computed in float32 and the loss is float32.
-
-    Raises:
-        ValueError: shapes that do not fit, a target out of range, a bad option.
-        TypeError: a target that is not integers, scores that are not floating point.
-    """
-
-    name: ClassVar[str]
-    also_called: ClassVar[tuple[str, ...]] = ()
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        weight: Tensor | Sequence[float] | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        validate: bool = True,
-    ) -> None:
-        super().__init__()
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction is 'none', 'mean' or 'sum', got {reduction!r}")
-        if weight is not None:
-            weight = torch.as_tensor(weight)
-            if not weight.is_floating_point():
-                weight = weight.float()
-            if weight.dim() != 1:
-                raise ValueError(f"weight holds one number per class, (num_classes,), got shape {tuple(weight.shape)}")
-            if weight.requires_grad:
-                raise ValueError("weight requires grad, but no gradient is computed for class weights: detach it")
-        self.register_buffer("weight", weight, persistent=False)
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
-        self.validate = validate
-        if weight is not None and not _tracing() and not bool((weight >= 0).all() and weight.isfinite().all()):
-            raise ValueError(f"class weights are finite and not negative, got {weight.tolist()}")
-
-    # The mathematics.
-
-    def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        """L, (n,)."""
-        raise NotImplementedError
-
-    def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
-        """G = ∂L/∂Z, (n, k), a new tensor (the caller may scale it in place)."""
-        raise NotImplementedError
-
-    def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
-        """Row i: (∂²L_i/∂z_i²) vector_i, (n, k). Zero for a piecewise linear loss: right away from its kinks."""
-        return torch.zeros_like(vector)
-
-    def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
-        """−L*(g) per row, (n,), for score gradients of dual-feasible form (as `gradient` yields them).
-
-        L(z) ≥ ⟨z, g⟩ − L*(g) for every z, with equality where g is the gradient at z (Fenchel–Young).
-        """
-        raise NotImplementedError(f"the {self.name} loss declares no dual")
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Class probabilities, (n, num_classes), where the loss has a probabilistic model."""
-        raise TypeError(
-            f"the {self.name} loss defines no probabilities; use the scores, or train with softmax or logistic"
-        )
-
-    def smoothness(self, num_classes: int) -> float | None:
-        """Lipschitz constant of ∂L/∂z in the Euclidean norm; None where the gradient jumps."""
-        return None
-
-    def curvature(self, num_classes: int) -> float:
-        """What a step length should reckon with: the smoothness, or for a loss with corners that of the same loss with
-        its corners rounded over a unit of score."""
-        return self.smoothness(num_classes) or num_classes / 2
-
-    @classmethod
-    def outputs(cls, num_classes: int) -> int:
-        """How many scores a head needs for `num_classes` classes."""
-        return num_classes
-
-    @classmethod
-    def classes(cls, outputs: int) -> int:
-        """How many classes `outputs` scores stand for: the inverse of `outputs`."""
-        return outputs
-
-    # What every loss shares.
-
-    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
-        rows, row_target = self._rows(scores, target)
-        shape = _drop_classes(scores) if target.is_floating_point() else target.shape
-        target_rows, coefficient, normaliser = self.encode(rows, row_target)
-        values = row_values(rows, target_rows, coefficient, self)
-        if self.reduction == "none":
-            return values.view(shape)
-        return reduce(values, normaliser, self.reduction)
-
-    def encode(self, scores: Tensor, target: Tensor) -> Encoded:
-        """Targets as `value` wants them, and what each sample counts. Scores (n, k), target (n,) integers."""
-        target, counts = self._class_indices(scores, target)
-        coefficient = None if counts is None else counts.to(scores.dtype)
-        if self.weight is not None:
-            chosen = self.weight.to(scores)[target]
-            coefficient = chosen if coefficient is None else chosen * coefficient
-        return Encoded(target, coefficient, coefficient)
-
-    def _class_indices(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """int64 targets with 0 for the ignored ones, and which count (None if surely all do)."""
-        target = target.long()
-        classes = self.classes(scores.shape[1])
-        if self.weight is not None and self.weight.shape[0] != classes:
-            raise ValueError(f"weight has {self.weight.shape[0]} entries for {classes} classes")
-        if self.validate and not _tracing():
-            if target.numel() == 0:
-                return target, None
-            low, high = (int(v) for v in torch.aminmax(target))
-            in_range = low >= 0 and high < classes
-            if not in_range:
-                valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)
-                if not bool(valid.all()):
-                    bad = int((~valid).nonzero()[0])
-                    raise ValueError(
-                        f"target[{bad}] = {int(target[bad])} is not a class: with scores for {classes} classes targets "
-                        f"are 0 … {classes - 1}, or ignore_index={self.ignore_index}"
-                    )
-            if in_range and not low <= self.ignore_index <= high:
-                return target, None
-        counts = target != self.ignore_index
-        return torch.where(counts, target, 0), counts
-
-    def _rows(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (n, k) in float32 or float64, target (n,) or (n, k), after the checks of shape and dtype."""
-        self._check_dtypes(scores, target)
-        if scores.dim() == 0:
-            raise ValueError("scores have no class dimension: expected (k,), (n, k) or (n, k, d1, …), got a number")
-        if _drop_classes(scores) != target.shape:
-            raise ValueError(
-                f"scores {tuple(scores.shape)} and target {tuple(target.shape)} do not fit: "
-                f"scores (n, k) go with target (n,), so target should be {tuple(_drop_classes(scores))}"
-            )
-        if scores.dim() > 2:
-            scores, target = scores.movedim(1, -1).flatten(0, -2), target.flatten()
-        elif scores.dim() == 1:
-            scores, target = scores.unsqueeze(0), target.unsqueeze(0)
-        return _full_precision(scores), target
-
-    def _check_dtypes(self, scores: Tensor, target: Tensor) -> None:
-        if not scores.is_floating_point():
-            raise TypeError(f"scores are floating point, got {scores.dtype}")
-        if target.is_floating_point() or target.is_complex():
-            raise TypeError(
-                f"the {self.name} loss takes class indices (an integer dtype) as target, got {target.dtype}: "
-                "use target.long()"
-            )
-
-    def extra_repr(self) -> str:
-        if torch.compiler.is_compiling():
-            return ""  # `torch.func.vmap` takes the repr of what it maps, and a graph cannot read the class weights
-        spec = LOSS_REGISTRY.spec(self)
-        return ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+__all__ = [
+    "LOSSES",
+    "LOSS_REGISTRY",
+    "CrammerSingerLoss",
+    "HingeLoss",
+    "LogisticLoss",
+    "Loss",
+    "PerceptronLoss",
+    "SoftmaxLoss",
+    "SquaredHingeLoss",
+    "reduce",
+]
 
 
 class _MarginLoss(Loss):
@@ -263,10 +68,10 @@ class PerceptronLoss(Loss):
     name = "perceptron"
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_hinge_rows, scores, target, 0.0)
+        return blocked(_hinge_rows, scores, target, 0.0)
 
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_count_rows, scores, target, 0.0, torch.Tensor.ge_)
+        return blocked(_count_rows, scores, target, 0.0, torch.Tensor.ge_)
 
     def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
         return torch.zeros_like(score_gradient[:, 0])
@@ -293,10 +98,10 @@ class HingeLoss(_MarginLoss):
     also_called = ("svm", "multi_margin", "weston_watkins", "max_margin", "linear_svm")
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_hinge_rows, scores, target, self.margin)
+        return blocked(_hinge_rows, scores, target, self.margin)
 
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_count_rows, scores, target, self.margin, torch.Tensor.gt_)
+        return blocked(_count_rows, scores, target, self.margin, torch.Tensor.gt_)
 
     def curvature(self, num_classes: int) -> float:
         # k rivals, each with its corner rounded over [−Δ, Δ], which has curvature 1/(2Δ).
@@ -326,10 +131,10 @@ class CrammerSingerLoss(_MarginLoss):
     also_called = ("crammer-singer", "multiclass_svm")
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_worst_violation_rows, scores, target, self.margin)
+        return blocked(_worst_violation_rows, scores, target, self.margin)
 
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_worst_rival_rows, scores, target, self.margin)
+        return blocked(_worst_rival_rows, scores, target, self.margin)
 
     def curvature(self, num_classes: int) -> float:
         # One rival: ‖e_r − e_y‖² = 2 times the curvature 1/(2Δ) of the rounded corner.
@@ -361,10 +166,10 @@ class SquaredHingeLoss(_MarginLoss):
         return 2.0 * num_classes
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_squared_hinge_rows, scores, target, self.margin)
+        return blocked(_squared_hinge_rows, scores, target, self.margin)
 
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_double_violation_rows, scores, target, self.margin)
+        return blocked(_double_violation_rows, scores, target, self.margin)
 
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         own = target.unsqueeze(1)
@@ -421,7 +226,7 @@ class SoftmaxLoss(Loss):
         return 0.5
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
-        return _blocked(_cross_entropy_rows if target.dim() == 1 else _soft_cross_entropy_rows, scores, target)
+        return blocked(_cross_entropy_rows if target.dim() == 1 else _soft_cross_entropy_rows, scores, target)
 
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
         if target.dim() == 2:
@@ -484,7 +289,7 @@ class SoftmaxLoss(Loss):
             scores, target = (t.movedim(1, -1).flatten(0, -2) for t in (scores, target))
         elif scores.dim() == 1:
             scores, target = scores.unsqueeze(0), target.unsqueeze(0)
-        return _full_precision(scores), target
+        return full_precision(scores), target
 
 
 class LogisticLoss(Loss):
@@ -560,37 +365,6 @@ LOSSES: tuple[type[Loss], ...] = (
     LogisticLoss,
 )
 LOSS_REGISTRY: Registry[Loss] = Registry("loss", Loss, LOSSES)
-
-
-def _drop_classes(scores: Tensor) -> torch.Size:
-    return scores.shape[:1] + scores.shape[2:] if scores.dim() > 1 else scores.shape[:0]
-
-
-def _full_precision(scores: Tensor) -> Tensor:
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-
-
-def _tracing() -> bool:
-    """Whether values cannot be looked at: compile, a torch.func transform, or CUDA graph capture."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _blocked(rows: Callable[..., Tensor], scores: Tensor, target: Tensor, *options: object) -> Tensor:
-    """rows(scores, target, *options) over blocks of rows that fit the cache of a CPU."""
-    step = max(1, _BLOCK // max(1, scores.shape[1]))
-    if len(scores) <= step or scores.device.type != "cpu" or torch.compiler.is_compiling():
-        return rows(scores, target, *options)
-    first = rows(scores[:step], target[:step], *options)
-    out = first.new_empty((len(scores), *first.shape[1:]))
-    out[:step] = first
-    for start in range(step, len(scores), step):
-        block = slice(start, start + step)
-        out[block] = rows(scores[block], target[block], *options)
-    return out
 
 
 def _leads(scores: Tensor, own: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from torchlin.registry import Registry
+from torchlin.registry import Registry, options_of
 
 
 class Penalty:
@@ -64,8 +64,7 @@ class Penalty:
         return shrink(soft_threshold(w, step * self.l1), step * self.l2)
 
     def __repr__(self) -> str:
-        options = {k: v for k, v in PENALTY_REGISTRY.spec(self).items() if k != "name"}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in options_of(self).items())})"
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)

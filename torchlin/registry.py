@@ -98,17 +98,22 @@ class Registry(Generic[T]):
         return cls(**options)
 
     def spec(self, thing: T) -> dict[str, Any]:
-        """The mapping that `make` turns back into `thing`: strings, numbers and lists only.
-
-        Options are read from the attributes named like the constructor's parameters; defaults are left out.
-        """
+        """The mapping that `make` turns back into `thing`: strings, numbers and lists only."""
         cls = type(thing)
         name = cls.name if cls in self.classes else f"{cls.__module__}.{cls.__qualname__}"
-        spec: dict[str, Any] = {"name": name}
-        for parameter in inspect.signature(cls).parameters.values():
-            value = getattr(thing, parameter.name)
-            if isinstance(value, torch.Tensor):
-                value = value.tolist()
-            if value != parameter.default:
-                spec[parameter.name] = value
-        return spec
+        return {"name": name, **options_of(thing)}
+
+
+def options_of(thing: object) -> dict[str, Any]:
+    """The constructor's arguments that are not at their defaults, read from the attributes of the same names.
+
+    Tensors become lists, so that the result is plain values.
+    """
+    options = {}
+    for parameter in inspect.signature(type(thing)).parameters.values():
+        value = getattr(thing, parameter.name)
+        if isinstance(value, torch.Tensor):
+            value = value.tolist()
+        if value != parameter.default:
+            options[parameter.name] = value
+    return options
