@@ -184,19 +184,13 @@ def test_a_rate_that_is_not_given_is_printed_and_safe(
     for split in (module.train, module.val):
         split[0] *= 100  # features of any scale
     model = LinearClassifier(5, classes, loss=cls.name, optimizer=optimizer)
-    trainer = quiet_trainer(30 if optimizer == "sgd" else 5)
+    trainer = quiet_trainer(30)
     trainer.fit(model, module)
     (line,) = [line for line in said if "lr=" in line]
     assert cls.name in line
     assert float(line.partition("lr=")[2].partition(",")[0]) > 0
-    loss, floor = float(trainer.callback_metrics["train_loss"]), 0.0 if cls.name == "perceptron" else 1.0
-    assert loss < max(floor, 100.0 if cls.name == "perceptron" else float(_loss_at_zero(cls)))
-    assert float(trainer.callback_metrics["val_accuracy"]) > 0.8 if optimizer == "sgd" else loss >= 0
-
-
-def _loss_at_zero(cls: type[Loss]) -> Tensor:
-    classes = classes_of(cls)
-    return cls()(torch.zeros(classes, cls.outputs(classes)), torch.arange(classes))
+    assert float(trainer.callback_metrics["train_loss"]) < 100
+    assert float(trainer.callback_metrics["val_accuracy"]) > 0.8
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 7}], ids=str)
@@ -204,7 +198,8 @@ def _loss_at_zero(cls: type[Loss]) -> Tensor:
 def test_the_cosine_schedule_ends_at_zero_with_the_run(limits: dict[str, int], accumulate: int) -> None:
     model = LinearClassifier(5, 3, lr=0.5)
     rates: list[float] = []
-    trainer = quiet_trainer(limits["max_epochs"], max_steps=limits.get("max_steps", -1), accumulate_grad_batches=accumulate)
+    steps = limits.get("max_steps", -1)
+    trainer = quiet_trainer(limits["max_epochs"], max_steps=steps, accumulate_grad_batches=accumulate)
     step = model.optimizer_step
 
     def recording(*args: Any, **kwargs: Any) -> None:
@@ -321,7 +316,7 @@ def test_another_number_of_classes_than_the_data_have_is_an_error() -> None:
 def test_another_number_of_features_than_the_data_have_is_an_error() -> None:
     with pytest.raises(ValueError, match="in_features=6"):
         quiet_trainer().fit(LinearClassifier(6, 3), KnownBlobs())
-    with pytest.raises(ValueError, match=r"in_features=6, which fits neither the last dimension of the input \(16, 5\)"):
+    with pytest.raises(ValueError, match=r"in_features=6, which fits neither the last dimension .* \(16, 5\)"):
         quiet_trainer().fit(LinearClassifier(6, 3), Blobs())
 
 
@@ -330,7 +325,7 @@ def test_another_number_of_features_than_the_data_have_is_an_error() -> None:
 
 def _unbalanced(counts: tuple[int, ...]) -> KnownBlobs:
     data = KnownBlobs(len(counts))
-    x, y = blobs(sum(counts), len(counts))
+    x, _ = blobs(sum(counts), len(counts))
     data.train = [x, torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))]
     return data
 
@@ -366,15 +361,14 @@ def test_balanced_needs_counts() -> None:
 
 @pytest.mark.parametrize(("counts", "warns"), [((60, 6, 30), False), ((61, 6, 30), True), ((61, 0, 30), False)])
 def test_a_class_more_than_ten_times_another_is_warned_of(
-    counts: tuple[int, ...], warns: bool, recwarn: pytest.WarningsRecorder
+    counts: tuple[int, ...], warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = _unbalanced(counts)
-    with pytest.MonkeyPatch.context() as patch:
-        warned: list[str] = []
-        patch.setattr("torchlin.classifier.rank_zero_warn", warned.append)
-        fitted(data, epochs=1)
-        fitted(data, epochs=1, class_weight="balanced")
-        fitted(data, epochs=1, class_weight=[1.0, 2.0, 3.0])
+    warned: list[str] = []
+    monkeypatch.setattr("torchlin.classifier.rank_zero_warn", warned.append)
+    fitted(data, epochs=1)
+    fitted(data, epochs=1, class_weight="balanced")
+    fitted(data, epochs=1, class_weight=[1.0, 2.0, 3.0])
     assert len(warned) == warns
     if warns:
         assert "61 training samples, the smallest 6: consider class_weight='balanced'" in warned[0]
@@ -461,18 +455,18 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 
 
 @pytest.mark.parametrize("stage", ["train", "val", "test"])
-@pytest.mark.parametrize("options", [{}, {"weight": True}, {"ignore_index": 1}, {"weight": True, "ignore_index": -1}], ids=str)
+@pytest.mark.parametrize("ignored", [-100, -1, 1])
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.25, 0.75]], ids=["", "weighted"])
 @pytest.mark.parametrize("cls", each_loss())
-def test_metrics_are_those_of_the_whole_data(cls: type[Loss], options: dict[str, Any], stage: str) -> None:
+def test_metrics_are_those_of_the_whole_data(
+    cls: type[Loss], weight: list[float] | None, ignored: int, stage: str
+) -> None:
     classes = classes_of(cls)
-    options = dict(options)
-    if options.pop("weight", False):
-        options["weight"] = [0.5, 2.0, 1.25, 0.75][:classes]
-    loss = cls(**options)
+    loss = cls(weight=weight and weight[:classes], ignore_index=ignored)
     data = Blobs(classes, batch_size=12)
     x, y = getattr(data, stage)
-    if loss.ignore_index < 0:
-        y[5:9] = loss.ignore_index
+    if ignored < 0:
+        y[5:9] = ignored
     model, trainer = LinearClassifier(5, classes, loss=loss, lr=1e-30), quiet_trainer(1)
     head = LinearHead(5, cls.outputs(classes), init="normal")
     with torch.no_grad():
@@ -480,7 +474,7 @@ def test_metrics_are_those_of_the_whole_data(cls: type[Loss], options: dict[str,
     model.set_head(head)
     trainer.test(model, data, verbose=False) if stage == "test" else trainer.fit(model, data)
 
-    counts = y != loss.ignore_index
+    counts = y != ignored
     scores = head(x)
     predicted = (scores[:, 0] > 0).long() if cls is LogisticLoss else scores.argmax(1)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -182,13 +182,15 @@ def test_a_test_without_a_model_takes_the_run_or_the_best_of_a_checkpoint_beside
     (tested,) = trainer.test(datamodule=data, verbose=False)
     assert info_of(tmp_path / "alone")["metrics"]["test_loss"] == tested["test_loss"]
 
-    best = ModelCheckpoint(tmp_path / "best", monitor="val_accuracy", mode="min", save_top_k=1)
-    trainer = quiet_trainer(4, [RunFolder(tmp_path / "beside"), best])
-    trainer.fit(LinearClassifier(5, 3, lr=0.001), data)
-    assert trainer.checkpoint_callback is not None
-    assert trainer.checkpoint_callback.best_model_path == best.best_model_path  # type: ignore[attr-defined]
-    assert len(list((tmp_path / "best").iterdir())) == 1
+    worst = ModelCheckpoint(tmp_path / "worst", monitor="train_loss", mode="max")  # the first epoch, not the last
+    trainer = quiet_trainer(4, [RunFolder(tmp_path / "beside"), worst])
+    model = LinearClassifier(5, 3)
+    trainer.fit(model, data)
+    assert [path.name for path in (tmp_path / "worst").iterdir()] == ["epoch=0-step=5.ckpt"]
     assert files(tmp_path / "beside") == RUN_FILES
+    (last,) = trainer.test(model, data, verbose=False)
+    (first,) = trainer.test(datamodule=data, ckpt_path="best", verbose=False)
+    assert first["test_loss"] > last["test_loss"] == info_of(tmp_path / "beside")["metrics"]["test_loss"]
 
 
 def test_early_stopping_and_another_logger_stay_what_they_are(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_early_stopping_and_another_logger_stay_what_they_are(tmp_path: Path) ->
     quiet_trainer(50, callbacks, logger=logger, log_every_n_steps=1).fit(LinearClassifier(5, 3), KnownBlobs())
     assert info_of(tmp_path / "run")["epochs"] == len(rows_of(tmp_path / "run")) == 2
     assert not info_of(tmp_path / "run")["interrupted"]
-    assert (Path(logger.log_dict if hasattr(logger, "log_dict") else logger.log_dir) / "metrics.csv").is_file()
+    assert (Path(logger.log_dir) / "metrics.csv").is_file()
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -243,6 +245,13 @@ class NoVal(Blobs):
 def test_without_validation_there_is_no_confusion_matrix(tmp_path: Path) -> None:
     quiet_trainer(1, [RunFolder(tmp_path / "run")]).fit(LinearClassifier(5, 3), NoVal())
     assert files(tmp_path / "run") == RUN_FILES - {"confusion.png"}
+
+
+def test_an_epoch_without_validation_has_no_old_values(tmp_path: Path) -> None:
+    trainer = quiet_trainer(3, [RunFolder(tmp_path / "run")], check_val_every_n_epoch=2)
+    trainer.fit(LinearClassifier(5, 3), KnownBlobs())
+    assert ["val_loss" in row and bool(row["val_loss"]) for row in rows_of(tmp_path / "run")] == [False, True, False]
+    assert "val_loss" not in info_of(tmp_path / "run")["metrics"]
 
 
 class LogsNaN(LinearClassifier):
@@ -297,7 +306,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="run: is a file, a run needs a folder"):
         _fit_into(tmp_path / "run")
-    with pytest.raises(ValueError, match="cannot be written to .*; choose another folder with --run"):
+    with pytest.raises(ValueError, match=r"cannot be written to .*; choose another folder with --run"):
         _fit_into(tmp_path / "run" / "below")
     assert (tmp_path / "run").read_text() == "mine"
     (tmp_path / "runs").write_text("mine")
@@ -428,5 +437,5 @@ def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert find_run("mine") == Path("mine")
     assert find_run("digits-hinge-1") == Path("runs/digits-hinge-1")
-    with pytest.raises(FileNotFoundError, match="digits-hinge-2: no such run folder .did you mean 'digits-hinge-1'"):
+    with pytest.raises(FileNotFoundError, match=r"digits-hinge-2: no such run folder .did you mean 'digits-hinge-1'"):
         find_run("digits-hinge-2")

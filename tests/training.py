@@ -102,3 +102,14 @@ def write_photos(root: Path, counts: Mapping[str, int], size: tuple[int, int] = 
             pixels = rng.integers(bright, bright + 56, (size[1], size[0], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+def write_table(path: Path, counts: Sequence[int] = (30, 30), features: int = 3, names: Sequence[str] = ()) -> Path:
+    """A .csv with columns f0, f1, … and target: `counts` rows of each class, named if there are names."""
+    rng = np.random.default_rng(0)
+    lines = [",".join([*(f"f{j}" for j in range(features)), "target"])]
+    for label, count in enumerate(counts):
+        for row in rng.normal(3 * label, 1, (count, features)):
+            lines.append(",".join([*(f"{value:.4f}" for value in row), names[label] if names else str(label)]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -132,7 +132,9 @@ class TorchlinCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         kwargs["callbacks"] = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in kwargs["callbacks"]):
+        if given["enable_progress_bar"] is not False and not any(
+            isinstance(c, ProgressBar) for c in kwargs["callbacks"]
+        ):
             kwargs["callbacks"].append(_ShortBar())
         if self.subcommand == "fit":
             self.run_folder = RunFolder(
@@ -182,7 +184,8 @@ class TorchlinCLI(LightningCLI):
         self.model.set_head(head)
         measure = self.trainer.validate if split == "val" else self.trainer.test
         (metrics,) = measure(self.model, self.datamodule, verbose=False)
-        if getattr(self.datamodule, "fingerprint", None) == head.info.get("data", {}).get("fingerprint"):
+        same = getattr(self.datamodule, "fingerprint", None) == head.info.get("data", {}).get("fingerprint")
+        if split == "test" and same:  # which samples are validation samples depends on options too
             add_metrics(folder, dict(metrics))
         table = Table(title=f"{folder}, {split} split")
         table.add_column("metric")
@@ -240,11 +243,11 @@ def show_run(folder: Path, data: LightningDataModule) -> None:
     for column in ("split", "samples", "loss", "accuracy"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, label in (("train", "train"), ("val", "validation"), ("test", "test")):
+        size = str(_size(data, split)) if hasattr(data, "sizes") else ""
         if f"{split}_accuracy" in metrics:
-            size = str(_size(data, split)) if hasattr(data, "sizes") else ""
             table.add_row(label, size, f"{metrics[f'{split}_loss']:.4f}", f"{metrics[f'{split}_accuracy']:.4f}")
         else:
-            table.add_row(label, "0", "none", "none")
+            table.add_row(label, size, "none", "none")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(f"train: mean over the last epoch; nonzero weights: {metrics.get('nonzero', 1):.1%}")
@@ -252,7 +255,8 @@ def show_run(folder: Path, data: LightningDataModule) -> None:
     console.print(f"written to {folder}{os.sep}: {', '.join(files)}", markup=False)
     images = info["input"]["kind"] == "pixels"
     run = shlex.quote(str(folder))
-    following = f"torchlin predict --run {run} IMAGES..." if images else f"torchlin test --run {run}"
+    measured = "test" if _size(data, "test") else "validate"
+    following = f"torchlin predict --run {run} IMAGES..." if images else f"torchlin {measured} --run {run}"
     console.print(f"next: {following}", markup=False)
 
 
@@ -266,6 +270,7 @@ class _Parser(argparse.ArgumentParser):
 def predict(arguments: Sequence[str]) -> None:
     parser = _Parser(
         prog="torchlin predict",
+        allow_abbrev=False,
         description="Label images with a trained head. Prints (or writes) a CSV: file,label,score,probability, one row "
         "per image in the order given; probability is empty for losses that define none (hinge, perceptron).",
     )
@@ -298,6 +303,8 @@ def _output(path: str | None) -> Iterator[Any]:
         with beside.open("w", newline="", encoding="utf-8") as stream:
             yield stream
         beside.replace(final)
+    except OSError as error:
+        raise ValueError(f"--output {final}: cannot be written ({error.strerror})") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -331,7 +338,9 @@ def _names_data(config: str) -> bool:
     try:
         content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config}: no configuration, it cannot be read as YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(
+            f"{config}: no configuration, it cannot be read as YAML ({' '.join(str(error).split())})"
+        ) from None
     return isinstance(content, dict) and "data" in content
 
 
@@ -432,7 +441,7 @@ def _message(error: BaseException, arguments: Sequence[str]) -> str:
         return " ".join(str(error).split())
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", str(error))
     if unknown:
-        known = [f"--{key}" for key in _known_options()]
+        known = [f"--{key}" for key in _known_options(arguments[0])]
         return (
             f"{arguments[0]} has no option {unknown[1]}{nearest(unknown[1], known)}; see torchlin {arguments[0]} --help"
         )
@@ -452,11 +461,15 @@ def _option_message(text: str) -> str:
     if cls and (refused := re.search(r"Option '(\w+)' is not accepted", text)):
         return f"{cls[1]} has no option --{outer}.{refused[1]}"
     lines = [line.strip().removeprefix("- ") for line in text[text.rindex("Parser key") :].splitlines()]
-    expected = [re.match(r"Expected an? (?!path but|<class 'NoneType'>)(.*?)(: .*|\. Got value: .*)?$", x) for x in lines]
+    expected = [
+        re.match(r"Expected an? (?!path but|<class 'NoneType'>)(.*?)(: .*|\. Got value: .*)?$", x) for x in lines
+    ]
     kinds = [re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*)\]", r"\1\2", match[1]) for match in expected if match]
     given = re.search(r"(?:Given|Got) value: (.*)", "\n".join(lines))
     option = inner if inner.startswith(outer) else f"{outer}.{inner}"
-    message = f"--{option}: {'expected ' + ' or '.join(kinds) if kinds else lines[-1]}{', got ' + given[1] if given else ''}"
+    message = (
+        f"--{option}: {'expected ' + ' or '.join(kinds) if kinds else lines[-1]}{', got ' + given[1] if given else ''}"
+    )
     if option != "data" or not given:
         return message
     return f"{message}{nearest(given[1], _DATA_CLASSES)}; data: {', '.join(_DATA_CLASSES)}"
@@ -466,7 +479,9 @@ def _example(key: str, name: str) -> str:
     return f"--{key}.{name} {_METAVARS.get(name, name.upper())}"
 
 
-def _known_options() -> list[str]:
+def _known_options(command: str) -> list[str]:
+    if command == "predict":
+        return ["run", "output", "scores", "batch_size"]
     model = [f"model.{name}" for name in inspect.signature(LinearClassifier).parameters]
     trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
     data = ["data", "data.root", "data.path", "data.batch_size", "data.num_workers", "data.seed", "data.val_fraction"]
@@ -491,6 +506,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero.*")  # no such split
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"torchlin: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ class RunFolder(Checkpoint):
         # Lightning asks the first checkpointing callback for this when it is told to test without a model.
         self.best_model_path = ""
         self._opened = False
+        self._validated = -1  # the last epoch with a validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self._opened or _dry(trainer):
@@ -180,11 +181,18 @@ class RunFolder(Checkpoint):
         if self._opened and not self.resume:
             self._checkpoint(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._opened:
             return
         row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Lightning keeps what an earlier epoch logged.
+        stale = self._validated < trainer.current_epoch
+        logged = trainer.callback_metrics.items()
+        row |= {name: float(value) for name, value in logged if not (stale and name.startswith("val_"))}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         folder = cast("Path", self.path)
         if trainer.is_global_zero:
@@ -211,7 +219,8 @@ class RunFolder(Checkpoint):
             return
         if isinstance(exception, KeyboardInterrupt) and started:
             self._finish(trainer, pl_module, interrupted=True)
-            rank_zero_info(f"torchlin: interrupted; {self.path} is complete up to here and can be resumed")
+            how = f"torchlin fit --resume {self.path}" if self.config else "RunFolder(path, resume=True)"
+            rank_zero_info(f"torchlin: interrupted; {self.path} is complete up to here, to go on: {how}")
         elif not (self.rows or self.resume):
             self._discard()
 
@@ -223,18 +232,21 @@ class RunFolder(Checkpoint):
             folder.rmdir()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (self._opened and trainer.is_global_zero):
+        if not (self._opened and trainer.is_global_zero and isinstance(pl_module, Trained)):
             return
         folder = cast("Path", self.path)
+        kept, tested = load_head(folder), pl_module.to_head().cpu()
+        if not (torch.equal(kept.weight, tested.weight) and torch.equal(kept.bias, tested.bias)):
+            return  # another checkpoint was tested, and the head in the folder is not that one
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
         add_metrics(folder, metrics)
 
     def _finish(self, trainer: Trainer, module: LightningModule, *, interrupted: bool) -> None:
         data = _data(trainer)
         folder = cast("Path", self.path)
-        # The rows hold what was last logged in each epoch; the last is what the head was at its end.
-        metrics = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k not in ("epoch", "step")}
-        metrics = _finite(metrics)
+        # Those of the last whole epoch; of an interrupted one there are none.
+        last = self.rows[-1] if self.rows else {}
+        metrics = _finite({name: value for name, value in last.items() if name not in ("epoch", "step")})
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
         std = cast("Trained", module).standardization.std
