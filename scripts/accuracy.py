@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import torchlin
-from torchlin.cli import config_names
+from torchlin.cli.configs import config_names
 
 # What the project promises: test accuracy at least, and for the sparse one a share of non-zero weights at most.
 PROMISED = {

@@ -21,7 +21,8 @@ from training import RUN_FILES, Raise, write_photos, write_table
 
 import torchlin
 from torchlin import LinearClassifier, LinearHead, load_head
-from torchlin.cli import COMMANDS, config_names, main
+from torchlin.cli import COMMANDS, main
+from torchlin.cli.configs import config_names
 
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*")
 
@@ -424,14 +425,28 @@ def test_a_bug_shows_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         except OSError:
             raise BugError from None
 
-    monkeypatch.setattr("torchlin.cli.load_head", bug)
-    monkeypatch.setattr("torchlin.cli.newest_run", lambda: Path("runs"))
+    monkeypatch.setattr("torchlin.cli.predict.load_head", bug)
+    monkeypatch.setattr("torchlin.cli.predict.newest_run", lambda: Path("runs"))
     with pytest.raises(BugError):
         run("predict", "x.png")
-    monkeypatch.setattr("torchlin.cli.load_head", lambda path: None)  # head.info then fails inside torchlin
+    monkeypatch.setattr("torchlin.cli.predict.load_head", lambda path: None)  # head.info then fails inside torchlin
     with pytest.raises(AttributeError):
         run("predict", "x.png")
-    monkeypatch.setattr("torchlin.cli.load_head", lambda path: LinearHead(3, 2))
-    monkeypatch.setattr("torchlin.cli.predict_images", lambda *args, **options: None)
+    monkeypatch.setattr("torchlin.cli.predict.load_head", lambda path: LinearHead(3, 2))
+    monkeypatch.setattr("torchlin.cli.predict.predict_images", lambda *args, **options: None)
     with pytest.raises(TypeError):  # the rows, which are none, cannot be written
         run("predict", "x.png")
+
+
+def test_a_loss_of_the_users_own_by_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mylosses.py").write_text(
+        "from torchlin import SoftmaxLoss\n\n\nclass Tempered(SoftmaxLoss):\n    name = 'tempered'\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["fit", "--model.loss", "mylosses.Tempered", "--trainer.max_epochs", "1", "--run", "own"]) == 0
+    assert load_head("own").info["loss"] == {"name": "mylosses.Tempered"}
+    assert main(["fit", "--model.loss", "nomodule.Tempered"]) == 2
+    assert "nomodule.Tempered: nomodule cannot be imported" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import yaml
 from training import RUN_FILES, write_photos, write_table
 
 from torchlin import load_head
-from torchlin.cli import config_folder, config_names, find_config, main
+from torchlin.cli import main
+from torchlin.cli.configs import config_folder, config_names, find_config
 
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*")
 

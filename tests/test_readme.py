@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import torchlin
-from torchlin.cli import config_names, main
+from torchlin.cli import main
+from torchlin.cli.configs import config_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -246,7 +246,8 @@ class LinearClassifier(LightningModule):
             raise ValueError(
                 "schedule='cosine' needs an end: give the Trainer max_epochs or max_steps, or use 'constant'"
             )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        # LambdaLR keeps no length in its state, so a run that is resumed with more epochs still ends at 0.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(min(1.0, step / steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _safe_rate(self) -> float:
@@ -352,6 +353,10 @@ class LinearClassifier(LightningModule):
         values = {f"{stage}_{name}": value for name, value in metrics.compute().items()}
         metrics.reset()
         return values
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _holds(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:

@@ -153,12 +153,11 @@ class StandardizedHead(LinearHead):
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) on raw input, differentiable in (W̃, b̃)."""
         weight = self.weight / self.std
-        return weight, None if self.bias is None else self.bias - weight @ self.mean
+        # A product and a sum rather than `@`, which autocast would round to half precision.
+        return weight, None if self.bias is None else self.bias - (weight * self.mean).sum(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Folding is exact arithmetic on the parameters, so it stays in their precision under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.folded()
+        weight, bias = self.folded()
         return F.linear(self.features(x), weight, bias)
 
     @torch.no_grad()

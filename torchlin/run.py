@@ -48,11 +48,11 @@ class Trained(Protocol):
     def to_head(self) -> LinearHead: ...
 
 
-def open_folder(path: str | os.PathLike[str]) -> Path:
-    """A new, empty folder for a run.
+def check_free(path: str | os.PathLike[str]) -> None:
+    """That a new run may be written to `path`.
 
     Raises:
-        ValueError: the folder is not empty, is a file, or cannot be written to.
+        ValueError: a file, or a folder that is not empty.
     """
     folder = Path(path)
     if folder.is_file():
@@ -62,6 +62,16 @@ def open_folder(path: str | os.PathLike[str]) -> Path:
             f"{folder}: not empty; choose another folder with --run, or continue an interrupted run with "
             f"--resume {folder}"
         )
+
+
+def open_folder(path: str | os.PathLike[str]) -> Path:
+    """A new, empty folder for a run.
+
+    Raises:
+        ValueError: the folder is not empty, is a file, or cannot be written to.
+    """
+    check_free(path)
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
