@@ -174,8 +174,9 @@ class SquaredHingeLoss(_MarginLoss):
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         own = target.unsqueeze(1)
         active = _leads(scores, own).add_(self.margin) > 0
+        # Column y of the product is 0 so far. Out of place, so that a batch of vectors (vmap) stays a batch.
         product = torch.where(active, 2 * (vector - vector.gather(1, own)), 0)
-        return _close_rows(product, own)
+        return product.scatter(1, own, -product.sum(1, keepdim=True))
 
     def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
         own = target.unsqueeze(1)
@@ -262,7 +263,7 @@ class SoftmaxLoss(Loss):
         # Smoothing spreads the class weights too (torch's rule), so they go into the target row, not in front of it.
         normaliser = super().encode(scores, target).normaliser
         target, counts = self._class_indices(scores, target)
-        one_hot = torch.zeros_like(scores).scatter_(1, target.unsqueeze(1), 1)
+        one_hot = torch.zeros_like(scores).scatter(1, target.unsqueeze(1), 1)
         return Encoded(self._smoothed(one_hot), None if counts is None else counts.to(scores.dtype), normaliser)
 
     def _smoothed(self, rows: Tensor) -> Tensor:
@@ -385,7 +386,7 @@ def _hinge_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
 
 def _squared_hinge_rows(scores: Tensor, target: Tensor, margin: float) -> Tensor:
     own = target.unsqueeze(1)
-    return _leads(scores, own).add_(margin).relu_().scatter_(1, own, 0).square_().sum(1)
+    return _leads(scores, own).add_(margin).relu_().scatter_(1, own, 0).square().sum(1)
 
 
 def _count_rows(scores: Tensor, target: Tensor, margin: float, violates: Callable[[Tensor, float], Tensor]) -> Tensor:
