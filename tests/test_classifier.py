@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from torchlin import (
     LinearHead,
     LogisticLoss,
     Loss,
+    RunFolder,
     SoftmaxLoss,
+    Standardization,
+    load_head,
 )
 from torchlin.data import DigitsDataModule
 from torchlin.losses import LOSS_REGISTRY
@@ -504,7 +508,7 @@ def test_a_step_asks_the_device_for_no_value() -> None:
     scores, target = torch.empty(8, 3, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
     loss = SoftmaxLoss(weight=[1.0, 2.0, 0.5], validate=False).to("meta")
     metrics = StageMetrics(3).to("meta")
-    metrics.update(scores, target, loss(scores, target), loss)
+    metrics.update(loss.predict(scores), target, loss(scores, target), loss)
     assert metrics.compute()["accuracy"].is_meta
     with pytest.raises(RuntimeError):
         metrics.compute()["accuracy"].item()
@@ -556,3 +560,72 @@ def test_every_loss_has_a_classifier() -> None:
     for cls in LOSS_REGISTRY.classes:
         model = LinearClassifier(5, classes_of(cls), loss=cls.name)
         assert model(torch.zeros(2, 5)).shape == (2, cls.outputs(classes_of(cls)))
+
+
+# Class weights: the steps of an epoch minimise F, whatever the batch size.
+
+
+class Rare(Blobs):
+    """180 samples of one class and 20 of the other, with class counts and one feature that says nothing."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.train = (torch.zeros(200, 5), (torch.arange(200) % 10 == 0).long())
+
+    @property
+    def class_counts(self) -> Tensor:
+        return torch.bincount(self.train[1])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*self.train), self.batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(200, 1), (8, 1), (1, 1), (1, 8)])
+def test_class_weights_minimise_the_same_objective_at_every_batch_size(batch: int, accumulate: int) -> None:
+    data = Rare(batch)
+    model = LinearClassifier(5, 2, class_weight=[1.0, 3.0], lr=0.3 if batch == 200 else 0.02 * accumulate, momentum=0.0)
+    steps = {200: 60, 8: 30, 1: 12}[batch]
+    quiet_trainer(steps, accumulate_grad_batches=accumulate, limit_val_batches=0).fit(model, data)
+    bias = model.to_head().bias.detach()
+    # With no features the minimiser gives the classes their weighted shares: 180 · 1 against 20 · 3.
+    assert float(bias[1] - bias[0]) == pytest.approx(math.log(60 / 180), abs=0.12)
+
+
+def test_a_subclass_that_forgets_super_keeps_its_penalty() -> None:
+    class Forgetful(LinearClassifier):
+        def on_fit_start(self) -> None:
+            pass
+
+    model = Forgetful(5, 3, penalty={"name": "l1", "strength": 100.0})
+    quiet_trainer(1).fit(model, KnownBlobs())
+    assert not model.to_head().weight.any()
+
+
+def test_half_precision_far_from_zero_learns_as_in_float32() -> None:
+    class Far(Blobs):
+        def __init__(self) -> None:
+            super().__init__()
+            self.train, self.val = ((x + 1000, y) for x, y in (self.train, self.val))
+
+        @property
+        def standardization(self) -> Standardization:
+            return Standardization(self.train[0].mean(0).float(), self.train[0].std(0, correction=0).float())
+
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = quiet_trainer(3, precision=precision)
+        trainer.fit(LinearClassifier(5, 3), Far())
+        losses.append(float(trainer.callback_metrics["train_loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+class Extra(LinearClassifier):
+    def __init__(self, in_features: int, num_classes: int, loss: str = "hinge", extra: int = 3) -> None:
+        super().__init__(in_features, num_classes, loss=loss)
+        self.save_hyperparameters()
+
+
+def test_a_subclass_may_save_its_own_hyperparameters(tmp_path: Path) -> None:
+    quiet_trainer(1, [RunFolder(tmp_path / "run")]).fit(Extra(5, 3), KnownBlobs())
+    assert load_head(tmp_path / "run").info["loss"] == {"name": "hinge"}

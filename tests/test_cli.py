@@ -256,7 +256,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(run: Run, tmp_path: Path, epoc
     assert run("fit", *options, "--run=whole").code == 0
     with ctrl_c(epoch, 4):
         assert run("fit", *options, "--run=part").code == 130
-    assert {"head.safetensors", "head.json", "checkpoint.ckpt", "config.yaml", "templates.png", "confusion.png"} <= {
+    assert {"head.safetensors", "head.json", "checkpoint.ckpt", "config.yaml", "templates.png"} <= {
         path.name for path in (tmp_path / "part").iterdir()
     }
     assert load_head("part").info["interrupted"]

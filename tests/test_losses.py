@@ -756,3 +756,34 @@ def test_gradient_accumulation_with_sum_equals_the_large_batch() -> None:
     accumulated = head.weight.grad
     (whole,) = torch.autograd.grad(F.cross_entropy(head(z), y, weight=torch.tensor([1.0, 2.0, 3.0])), head.weight)
     torch.testing.assert_close(accumulated, whole)
+
+
+class PassesOn(SoftmaxLoss):
+    """A loss of a user's own that passes the usual options on."""
+
+    name = "passes_on"
+
+    def __init__(self, temperature: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.temperature = temperature
+
+
+def test_a_subclass_with_kwargs_has_the_options_of_its_base() -> None:
+    loss = PassesOn(2.0, label_smoothing=0.25)
+    spec = LOSS_REGISTRY.spec(loss)
+    assert spec == {"name": f"{__name__}.PassesOn", "temperature": 2.0, "label_smoothing": 0.25}
+    assert LOSS_REGISTRY.spec(LOSS_REGISTRY.make(spec)) == spec
+    assert repr(loss) == "PassesOn(temperature=2.0, label_smoothing=0.25)"
+
+
+def test_a_class_that_cannot_be_found_again_is_refused_at_once() -> None:
+    class Hidden(SoftmaxLoss):
+        name = "hidden"
+
+    with pytest.raises(ValueError, match="define it at module level"):
+        LOSS_REGISTRY.spec(Hidden())
+
+
+def test_probabilities_of_many_positions_sum_over_the_classes() -> None:
+    p = SoftmaxLoss().probabilities(torch.randn(2, 3, 5))
+    torch.testing.assert_close(p.sum(1), torch.ones(2, 5))

@@ -437,3 +437,32 @@ def test_window_below_one(window: Any) -> None:
     head = LinearHead(5, 3)
     with pytest.raises(ValueError, match=f"window is a number of steps, at least 1, got {window}"):
         apply_penalty(optim.SGD(head.parameters(), lr=0.1), head, L1(0.1), window=window)
+
+
+class Shrinking(Penalty):
+    """A penalty of a user's own, with a proximal map of its own."""
+
+    name = "shrinking"
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 0.5)
+
+    def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
+        return w * 0
+
+
+def test_a_proximal_map_of_the_users_own_is_the_one_applied() -> None:
+    head = LinearHead(3, 2, init="normal")
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    apply_penalty(optimizer, head, Shrinking())
+    head(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert not head.weight.any()
+
+
+def test_half_precision_weights_are_refused_under_l1() -> None:
+    head = LinearHead(3, 2, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="keep the head in float32"):
+        apply_penalty(optimizer, head, L1(0.1))
+    apply_penalty(optimizer, head, L2(0.1))

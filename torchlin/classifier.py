@@ -107,6 +107,8 @@ class LinearClassifier(LightningModule):
             self._weigh_classes(torch.tensor(class_weight))
         self._train_metrics, self._val_metrics, self._test_metrics = (StageMetrics(num_classes) for _ in range(3))
         self._checked: set[str] = set()  # the stages whose labels are known to be classes
+        self._penalized: torch.optim.Optimizer | None = None
+        self._mean_weight: float | None = None  # Σ w_y / n over the training data, where its class counts are known
 
     def _check_options(
         self,
@@ -143,9 +145,9 @@ class LinearClassifier(LightningModule):
     def to_head(self) -> LinearHead:
         """A plain `LinearHead` with the same scores, on raw input: what to import into a larger model."""
         head = self._head.fold()
-        head.info = {**self._head.info, "loss": dict(self.hparams["loss"])}
-        if self.loss.weight is not None:
-            head.info["loss"]["weight"] = self.loss.weight.tolist()
+        spec = LOSS_REGISTRY.spec(self.loss)
+        spec.pop("validate", None)  # how the labels were checked here is not what the head was trained with
+        head.info = {**self._head.info, "loss": spec}
         return head
 
     @torch.no_grad()
@@ -192,13 +194,14 @@ class LinearClassifier(LightningModule):
         counts = getattr(data, "class_counts", None)
         if counts is not None:
             self._use_counts(counts)
+            self._checked = {"train"}
         elif self.hparams["class_weight"] == "balanced":
             raise ValueError(
                 "class_weight='balanced' needs the class counts of the training data: use a data module with "
                 "class_counts, or give one weight per class"
             )
-        if counts is not None:
-            self._checked = {"train", "val", "test"}
+        elif self.loss.weight is not None:
+            rank_zero_info("torchlin: the data offer no class_counts; each batch is averaged over its own weights")
 
     def _data(self) -> object:
         # Trainer.datamodule exists at run time only; a fit on bare loaders has none.
@@ -209,6 +212,7 @@ class LinearClassifier(LightningModule):
         if len(counts) != num_classes:
             raise ValueError(f"the data have {len(counts)} classes, this classifier num_classes={num_classes}")
         present = counts[counts > 0]
+        self._mean_weight = None
         if self.hparams["class_weight"] == "balanced":
             weight = counts.sum() / (num_classes * counts.clamp(min=1).double())
             self._weigh_classes(torch.where(counts > 0, weight, 0).float())
@@ -217,6 +221,8 @@ class LinearClassifier(LightningModule):
                 f"the largest class has {int(present.max())} training samples, the smallest {int(present.min())}: "
                 "consider class_weight='balanced', and watch val_balanced_accuracy"
             )
+        if self.loss.weight is not None and len(present):
+            self._mean_weight = float((counts * self.loss.weight.cpu().double()).sum() / counts.sum()) or None
 
     def _weigh_classes(self, weight: Tensor) -> None:
         options = {**LOSS_REGISTRY.spec(self.loss), "weight": weight}
@@ -272,7 +278,11 @@ class LinearClassifier(LightningModule):
         return rate
 
     def on_fit_start(self) -> None:
-        if self.penalty is None:
+        self._attach_penalty()
+
+    def _attach_penalty(self) -> None:
+        # Also at every training step, for a subclass that overrides on_fit_start and forgets this one's.
+        if self.penalty is None or self._penalized is self.trainer.optimizers[0]:
             return
         self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
@@ -281,29 +291,41 @@ class LinearClassifier(LightningModule):
         if not holders:
             raise ValueError("no optimizer of configure_optimizers holds the head: build it from self.parameters()")
         apply_penalty(holders[0], self._head, self.penalty, window=window)
+        self._penalized = self.trainer.optimizers[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        self._attach_penalty()
+        loss, _ = self._step(batch, "train")
+        if self.loss.weight is None or self._mean_weight is None:
+            return loss
+        # The loss divides by the batch's own Σ w_y. F divides by that of the whole data, and only with it do the steps
+        # of an epoch add up to the gradient of F: a rare class in a small batch would otherwise lose its weight.
+        weights, counts = self.loss.sample_weights(batch[1])
+        return loss * weights.sum() / (self._mean_weight * counts.sum().clamp(min=1))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "val")
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The predicted classes, (n,)."""
+        return self._step(batch, "val")[1]
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The predicted classes, (n,)."""
+        return self._step(batch, "test")[1]
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Scores, (n, outputs); a batch is inputs, or (inputs, target)."""
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         return cast("Tensor", self(x))
 
-    def _step(self, batch: Any, stage: str) -> Tensor:
+    def _step(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
+        """The mean loss of the batch, and the predicted classes (n,)."""
         x, y = batch
         scores = self(x)
         # Labels that nobody counted are looked at in the first pass over them: each look synchronises the device.
         self.loss.validate = stage not in self._checked
         loss: Tensor = self.loss(scores, y)
-        self._stage(stage).update(scores.detach(), y, loss.detach(), self.loss)
-        return loss
+        predicted = self.loss.predict(scores.detach())
+        self._stage(stage).update(predicted, y, loss.detach(), self.loss)
+        return loss, predicted
 
     def _stage(self, stage: str) -> StageMetrics:
         return {"train": self._train_metrics, "val": self._val_metrics, "test": self._test_metrics}[stage]

@@ -96,9 +96,11 @@ class LinearHead(nn.Linear):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The class index of each sample: the largest score, or z > 0 for a head with a single score."""
-        scores = self(x)
-        predicted: Tensor = (scores[..., 0] > 0).long() if self.out_features == 1 else scores.argmax(-1)
-        return predicted
+        return self.decide(self(x))
+
+    def decide(self, scores: Tensor) -> Tensor:
+        """The class index that scores (…, k) speak for: the largest, or z > 0 for a single score."""
+        return (scores[..., 0] > 0).long() if self.out_features == 1 else scores.argmax(-1)
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
@@ -107,12 +109,16 @@ class LinearHead(nn.Linear):
         Raises:
             TypeError: the loss is not known, or defines no probabilities (the hinge family).
         """
+        return self.probabilities(self(x))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Class probabilities (n, num_classes) of scores that this head gave; raises as `predict_proba`."""
         if "loss" not in self.info:
             raise TypeError(
                 "this head does not know the loss it was trained with (head.info has no 'loss'): "
                 "use loss.probabilities(scores), for example SoftmaxLoss().probabilities(head(x))"
             )
-        return LOSS_REGISTRY.make(self.info["loss"]).probabilities(self(x))
+        return LOSS_REGISTRY.make(self.info["loss"]).probabilities(scores)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.out_features}, bias={self.bias is not None}"
@@ -158,7 +164,12 @@ class StandardizedHead(LinearHead):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.folded()
-        return F.linear(self.features(x), weight, bias)
+        x = self.features(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, bias)
+        # Raw features may be far from 0, where half precision has no digits left for their differences.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight, bias)
 
     @torch.no_grad()
     def fold(self) -> LinearHead:

@@ -34,7 +34,7 @@ __all__ = [
 
 
 class _MarginLoss(Loss):
-    """What the multiclass hinge family shares: the leads of the rivals over the true class, blocked over rows."""
+    """What the multiclass hinge family shares: a margin."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ class SoftmaxLoss(Loss):
         return -torch.xlogy(p, p).sum(1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, min(1, scores.dim() - 1))
 
     def encode(self, scores: Tensor, target: Tensor) -> Encoded:
         if target.dim() == 2:
@@ -346,6 +346,9 @@ class LogisticLoss(Loss):
     def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
         p = score_gradient[:, 0].abs()
         return -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+
+    def predict(self, scores: Tensor) -> Tensor:
+        return (scores.squeeze(-1) > 0).long()
 
     def probabilities(self, scores: Tensor) -> Tensor:
         z = scores.squeeze(-1) if scores.dim() > 1 and scores.shape[-1] == 1 else scores

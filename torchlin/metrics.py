@@ -34,18 +34,14 @@ class StageMetrics(Metric):
         self.add_state("seen", torch.zeros((), dtype=torch.long), "sum")
         self.add_state("first_bad", torch.full((), -1, dtype=torch.long), "max")
 
-    def update(self, scores: Tensor, target: Tensor, loss_mean: Tensor, loss: Loss) -> None:
-        """Count one batch: scores (n, outputs), target (n,) and the mean loss of the batch.
+    def update(self, predicted: Tensor, target: Tensor, loss_mean: Tensor, loss: Loss) -> None:
+        """Count one batch: predicted and true classes (n,), and the mean loss of the batch.
 
         The mean is weighted by the batch's N = Σ w_y, so that the result is the mean over all samples.
         """
-        target = target.long()
-        counts = target != loss.ignore_index
-        target = torch.where(counts, target, 0)
-        ones = counts.to(loss_mean.dtype)
-        total = (ones if loss.weight is None else loss.weight.to(ones)[target] * ones).sum()
-        predicted = (scores.squeeze(-1) > 0).long() if loss.classes(scores.shape[-1]) != scores.shape[-1] else None
-        predicted = scores.argmax(-1) if predicted is None else predicted
+        weights, counts = loss.sample_weights(target)
+        total = weights.sum().to(loss_mean.dtype)
+        target = torch.where(counts, target.long(), 0)
         self.first_bad = torch.where((self.first_bad < 0) & ~loss_mean.isfinite(), self.seen, self.first_bad)
         self.seen = self.seen + 1
         self.loss_sum = self.loss_sum + loss_mean * total

@@ -103,7 +103,9 @@ def apply_penalty(
     they minimise F = (1/n) Σ L + λ R(W). L1 and elastic net give exact zeros. The optimizer object is the same as
     before: schedulers, GradScaler (a skipped step skips the penalty), gradient accumulation and Lightning work
     unchanged. What the penalty remembers is in `optimizer.state_dict()`, so resuming keeps it; call `apply_penalty`
-    again on the new optimizer before or after `load_state_dict`.
+    again on the new optimizer before or after `load_state_dict`. A copy of the optimizer (deepcopy, pickle) has no
+    hooks, so it has no penalty: apply it again there too. A penalty of your own that overrides `prox` is applied as it
+    is at every step.
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop or Adagrad, holding `head.weight`.
@@ -119,7 +121,7 @@ def apply_penalty(
         TypeError: another optimizer (its effective step is not known), or a head that does not say what is penalised.
         ValueError: the optimizer does not hold the weight, already penalises it, maximises, or has a non-zero
             weight_decay in the group that holds it; RMSprop(centered=True), whose step grows without bound as the
-            gradient settles; window < 1.
+            gradient settles; an L1 part on half-precision weights; window < 1.
     """
     if window < 1:
         raise ValueError(f"window is a number of steps, at least 1, got {window}")
@@ -131,6 +133,11 @@ def apply_penalty(
         )
     weight = head.weight
     _check_group(_group_of(optimizer, weight), penalty)
+    if penalty.l1 > 0 and weight.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"head.weight is {weight.dtype}, in which the small sums of an L1 penalty are lost: keep the head in "
+            "float32 (in Lightning precision='bf16-mixed' instead of 'bf16-true')"
+        )
     if any(getattr(hook, "weight", None) is weight for hook in optimizer._optimizer_step_post_hooks.values()):
         raise ValueError("head.weight already has a penalty in this optimizer: remove() the first, or use one penalty")
 
@@ -139,7 +146,7 @@ def apply_penalty(
 
 
 class _ProximalStep:
-    """The hook: a callable object, so that it can be recognised and pickled with the optimizer."""
+    """The hook: a callable object, so that it can be recognised among an optimizer's hooks."""
 
     def __init__(
         self,
@@ -165,6 +172,9 @@ class _ProximalStep:
         if isinstance(step, Tensor) and step.dim() > 0:
             step = self.head.penalized(step)
         w = self.head.penalized(self.weight)
+        if type(self.penalty).prox is not Penalty.prox:
+            w.copy_(self.penalty.prox(w, step))  # a penalty of the user's own, whose account nobody can keep
+            return
         moved = w if self.penalty.l1 == 0 else self._levied(w, step, state)
         w.copy_(shrink(moved, step * self.penalty.l2))
 

@@ -43,15 +43,15 @@ def predict_images(
 def _rows(head: LinearHead, files: Sequence[Path], images: torch.Tensor, all_scores: bool) -> list[list[str]]:
     names: list[str] = head.info["class_names"]
     scores = head(images)
-    if scores.shape[1] == 1:  # one score z speaks for class 1, and −z for class 0
-        scores = torch.cat((-scores, scores), 1)
-    labels = head.predict(images)
-    chosen = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
+    labels = head.decide(scores)
     try:
-        probability = head.predict_proba(images).gather(1, labels.unsqueeze(1)).squeeze(1)
+        probability = head.probabilities(scores).gather(1, labels.unsqueeze(1)).squeeze(1)
         shares = [f"{p:.6g}" for p in probability.tolist()]
     except TypeError:  # the loss defines no probabilities
         shares = [""] * len(files)
+    if scores.shape[1] == 1:  # one score z speaks for class 1, and −z for class 0
+        scores = torch.cat((-scores, scores), 1)
+    chosen = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
     rows = []
     for file, label, score, share, row in zip(files, labels.tolist(), chosen.tolist(), shares, scores, strict=True):
         extra = [f"{s:.6g}" for s in row.tolist()] if all_scores else []

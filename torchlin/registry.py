@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ class Named(Protocol):
 T = TypeVar("T", bound=Named)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """A ready " (did you mean ...?)" for an error message, or "" where nothing known is close to `word`."""
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
@@ -84,7 +84,7 @@ class Registry(Generic[T]):
         if not isinstance(name, str):
             raise ValueError(f'{self.kind} {spec!r} has no "name"; known: {", ".join(self.names())}')
         cls = self.find(name)
-        parameters = inspect.signature(cls).parameters
+        parameters = parameters_of(cls)
         for option in options:
             if option not in parameters:
                 raise ValueError(
@@ -98,22 +98,50 @@ class Registry(Generic[T]):
         return cls(**options)
 
     def spec(self, thing: T) -> dict[str, Any]:
-        """The mapping that `make` turns back into `thing`: strings, numbers and lists only."""
+        """The mapping that `make` turns back into `thing`: strings, numbers and lists only.
+
+        Raises:
+            ValueError: a class inside a function or class, or one that does not keep its arguments.
+        """
         cls = type(thing)
-        name = cls.name if cls in self.classes else f"{cls.__module__}.{cls.__qualname__}"
+        name = cls.name
+        if cls not in self.classes:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            if "." in cls.__qualname__:
+                raise ValueError(f"{self.kind} {name} cannot be found again by its name: define it at module level")
         return {"name": name, **options_of(thing)}
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters by name; where it passes **kwargs on, those of the class it extends as well."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
+        kinds = {p.kind for p in own}
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        found |= {p.name: p for p in own if p.kind not in variable and p.name not in found}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found
 
 
 def options_of(thing: object) -> dict[str, Any]:
     """The constructor's arguments that are not at their defaults, read from the attributes of the same names.
 
     Tensors become lists, so that the result is plain values.
+
+    Raises:
+        ValueError: an argument is kept under no attribute of its name.
     """
     options = {}
-    for parameter in inspect.signature(type(thing)).parameters.values():
-        value = getattr(thing, parameter.name)
+    for name, parameter in parameters_of(type(thing)).items():
+        if not hasattr(thing, name):
+            raise ValueError(f"{type(thing).__name__} does not keep its argument {name!r}: set self.{name} in __init__")
+        value = getattr(thing, name)
         if isinstance(value, torch.Tensor):
             value = value.tolist()
         if value != parameter.default:
-            options[parameter.name] = value
+            options[name] = value
     return options

@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -420,7 +421,10 @@ def save(ax: Axes, path: str | os.PathLike[str]) -> Path:
     The figure stays open: whoever made it closes it (`plt.close(ax.figure)`).
     """
     content = io.BytesIO()
-    ax.figure.canvas.print_figure(content, format="png", dpi=150, bbox_inches="tight")
+    with warnings.catch_warnings():
+        # A class name in a script that the font lacks is drawn as boxes; there is nothing for the user to mend.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        ax.figure.canvas.print_figure(content, format="png", dpi=150, bbox_inches="tight")
     replace_file(Path(path), content.getvalue())
     return Path(path)
 

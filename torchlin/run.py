@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from torchlin.classifier import LinearClassifier
 from torchlin.heads import LinearHead, Standardization
 from torchlin.losses import LOSS_REGISTRY, Loss
 from torchlin.penalties import PENALTY_REGISTRY, Penalty
@@ -32,6 +34,8 @@ CHECKPOINT = "checkpoint.ckpt"
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 
+# Beyond this many classes a confusion matrix is no picture.
+_MOST_CLASSES = 1000
 _OURS = {CHECKPOINT, CONFIG, METRICS, "head.safetensors", "head.json", "templates.png", "curves.png", "confusion.png"}
 
 
@@ -155,10 +159,17 @@ class RunFolder(Checkpoint):
         # Lightning asks the first checkpointing callback for this when it is told to test without a model.
         self.best_model_path = ""
         self._opened = False
+        self._fitted: tuple[object, object] = (None, None)
+        self._restored = False
         self._validated = -1  # the last epoch with a validation
+        self._confusion: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self._opened or _dry(trainer):
+        if stage != "fit" or _dry(trainer):
+            return
+        if self._opened:
+            if self._fitted[0] is not pl_module:
+                raise ValueError(f"this RunFolder holds the run {self.path}: make a new one for another model")
             return
         if not isinstance(pl_module, Trained):
             raise TypeError(f"RunFolder writes the head of a LinearClassifier, got {type(pl_module).__name__}")
@@ -166,34 +177,62 @@ class RunFolder(Checkpoint):
         if trainer.is_global_zero:
             self.path = self._open(trainer, pl_module)
         self.path = trainer.strategy.broadcast(self.path)
-        self._opened = True
+        self._opened, self._fitted = True, (pl_module, _data(trainer))
 
     def _open(self, trainer: Trainer, module: Trained) -> Path:
         if self.resume:
             folder = find_run(cast("Path", self.path))
             self.rows = _read_rows(folder / METRICS)
             return folder
+        config = self.config or _config(cast("LightningModule", module))
         if self.path is None:
             data = getattr(_data(trainer), "name", None) or "data"
             folder = number_folder(f"{data}-{module.loss.name}")
         else:
             folder = open_folder(self.path)
-        config = self.config
-        if config is None:
-            options = dict(cast("LightningModule", module).hparams)
-            model = {k: v for k, v in options.items() if k not in ("in_features", "num_classes")}  # the data's to say
-            config = yaml.safe_dump({"model": model}, sort_keys=False)
         replace_file(folder / CONFIG, config.encode())
         return folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._opened:
+            return
+        if self.resume and not self._restored:
+            own = str(cast("Path", self.path) / CHECKPOINT)
+            raise ValueError(f"resume=True needs the checkpoint of the run: trainer.fit(…, ckpt_path={own!r})")
         # So that a run which is stopped during its first epoch starts that epoch again when it is resumed.
-        if self._opened and not self.resume:
+        if not self.resume:
             self._checkpoint(trainer)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = True
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._confusion = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # LinearClassifier's validation step returns what it predicted; one that a user overrides may not.
+        if not (self._opened and isinstance(outputs, Tensor) and isinstance(pl_module, Trained)):
+            return
+        k = int(pl_module.hparams["num_classes"])
+        if k <= _MOST_CLASSES and not trainer.sanity_checking:
+            ignored = pl_module.loss.ignore_index
+            matrix = multiclass_confusion_matrix(outputs, batch[1].long(), k, ignore_index=ignored, validate_args=False)
+            self._confusion = matrix if self._confusion is None else self._confusion + matrix
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._validated = trainer.current_epoch
+        if trainer.sanity_checking:
+            return
+        self._validated = trainer.current_epoch
+        if self._confusion is not None:
+            self._confusion = cast("Tensor", trainer.strategy.reduce(self._confusion, reduce_op="sum"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._opened:
@@ -229,7 +268,9 @@ class RunFolder(Checkpoint):
             return
         if isinstance(exception, KeyboardInterrupt) and started:
             self._finish(trainer, pl_module, interrupted=True)
-            how = f"torchlin fit --resume {self.path}" if self.config else "RunFolder(path, resume=True)"
+            checkpoint = str(cast("Path", self.path) / CHECKPOINT)
+            script = f"RunFolder({str(self.path)!r}, resume=True) and trainer.fit(…, ckpt_path={checkpoint!r})"
+            how = f"torchlin fit --resume {self.path}" if self.config else script
             rank_zero_info(f"torchlin: interrupted; {self.path} is complete up to here, to go on: {how}")
         elif not (self.rows or self.resume):
             self._discard()
@@ -244,6 +285,8 @@ class RunFolder(Checkpoint):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self._opened and trainer.is_global_zero and isinstance(pl_module, Trained)):
             return
+        if _data(trainer) is not self._fitted[1]:
+            return  # other data than those of the run
         folder = cast("Path", self.path)
         kept, tested = load_head(folder), pl_module.to_head().cpu()
         if not (torch.equal(kept.weight, tested.weight) and torch.equal(kept.bias, tested.bias)):
@@ -254,32 +297,32 @@ class RunFolder(Checkpoint):
     def _finish(self, trainer: Trainer, module: LightningModule, *, interrupted: bool) -> None:
         data = _data(trainer)
         folder = cast("Path", self.path)
-        # Those of the last whole epoch; of an interrupted one there are none.
-        last = self.rows[-1] if self.rows else {}
-        metrics = _finite({name: value for name, value in last.items() if name not in ("epoch", "step")})
+        # The last value of each: an epoch need not have had a validation, and an interrupted one has none at all.
+        latest = {name: value for row in self.rows for name, value in row.items()}
+        metrics = _finite({name: value for name, value in latest.items() if name not in ("epoch", "step")})
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
         std = cast("Trained", module).standardization.std
-        draw(folder, head, std, self.rows, _batches(trainer.val_dataloaders))
+        draw(folder, head, std, self.rows, self._confusion)
 
 
 def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[str, Any]) -> LinearHead:
     """Write head.safetensors and head.json; `data` may be any data module, or None. Returns the head as written."""
     head = trained.to_head().cpu()
-    loss = LOSS_REGISTRY.make(head.info["loss"])
-    classes = loss.classes(head.out_features)
+    classes = trained.loss.classes(head.out_features)
     names = getattr(data, "class_names", None) or [str(c) for c in range(classes)]
     known = {
         "input": getattr(data, "input_info", None) or {"kind": "features", "shape": [head.in_features]},
         "penalty": None if trained.penalty is None else PENALTY_REGISTRY.spec(trained.penalty),
         "data": {key: getattr(data, key, None) for key in ("name", "fingerprint", "sizes")},
         "torchlin": __version__,
+        **({"skipped_files": skipped} if (skipped := getattr(data, "skipped_files", None)) else {}),
     }
     save_head(
         head,
         folder,
         class_names=names,
-        loss=loss,
+        loss=head.info["loss"],
         standardization=trained.standardization,
         info={**known, **facts},
     )
@@ -315,38 +358,19 @@ def check_checkpoint(path: Path, module: LightningModule) -> None:
 
 
 def draw(
-    folder: Path, head: LinearHead, std: Tensor, rows: Sequence[Mapping[str, float]], loader: Iterable[Any]
+    folder: Path, head: LinearHead, std: Tensor, rows: Sequence[Mapping[str, float]], confusion: Tensor | None
 ) -> None:
-    """Draw the pictures of a run: class templates (W·σ), learning curves, and the confusion matrix of `loader`."""
+    """Draw the pictures of a run: class templates (W·σ), learning curves, and the confusion matrix (k, k) if any."""
     from torchlin import report
 
     drawn = {"templates.png": report.plot_templates(head, std=std)}
     if rows:
         drawn["curves.png"] = report.plot_curves(list(rows))
-    matrix = confusion_matrix(head, loader)
-    if int(matrix.sum()):
-        drawn["confusion.png"] = report.plot_confusion(matrix, head.info["class_names"])
+    if confusion is not None and int(confusion.sum()):
+        drawn["confusion.png"] = report.plot_confusion(confusion.cpu(), head.info["class_names"])
     for name, axes in drawn.items():
         report.save(axes, folder / name)
         report.close(axes)
-
-
-def confusion_matrix(head: LinearHead, loader: Iterable[Any]) -> Tensor:
-    """Counts (k, k) of the batches (x, y) of `loader`: rows are true classes, columns predicted ones."""
-    k = len(head.info["class_names"])
-    ignored = LOSS_REGISTRY.make(head.info["loss"]).ignore_index
-    matrix = torch.zeros(k, k, dtype=torch.long)
-    for x, y in loader:
-        x = x.cpu() if x.dtype == torch.uint8 else x.cpu().to(head.weight.dtype)
-        matrix += multiclass_confusion_matrix(head.predict(x), y.cpu().long(), k, ignore_index=ignored)
-    return matrix
-
-
-def _batches(loaders: object) -> Iterable[Any]:
-    """The batches of a loader, or of the loaders of a list, as a data module may return either."""
-    if isinstance(loaders, (list, tuple)):
-        return (batch for loader in loaders for batch in loader)
-    return loaders if isinstance(loaders, Iterable) else ()
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -369,6 +393,17 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         return []
     with path.open(newline="") as stream:
         return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
+
+
+def _config(module: LightningModule) -> str:
+    """config.yaml of a run that a script made: the classifier's options, for `torchlin fit --config`."""
+    known = inspect.signature(LinearClassifier).parameters  # a subclass may have others, which YAML need not know
+    options = {k: v for k, v in module.hparams.items() if k in known and k not in ("in_features", "num_classes")}
+    trained = cast("Trained", module)
+    penalty = None if trained.penalty is None else PENALTY_REGISTRY.spec(trained.penalty)
+    plain = {"loss": LOSS_REGISTRY.spec(trained.loss), "penalty": penalty}
+    text: str = yaml.safe_dump({"model": {**options, **plain}}, sort_keys=False)
+    return text
 
 
 def _check_names(trained: Trained, data: object) -> None:

@@ -1,4 +1,4 @@
-"""Generated image folders."""
+"""Generated image folders, and a cache folder of its own for every test."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import pytest
 from PIL import Image
 
 Grow = Callable[[Mapping[str, int]], Path]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, empty and outside `tmp_path`; no test may touch the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TORCHLIN_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_progress_bar_on_a_terminal_for_many_images(grow: Grow, monkeypatch: pyt
         monkeypatch.setattr("sys.stderr", screen)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setattr(decoding, "_PROGRESS_FROM", shown_from)
-        ImageFolderDataModule(root).setup("fit")
+        ImageFolderDataModule(root, cache=False).setup("fit")
         assert ("decoding images" in screen.getvalue()) == shown
 
 

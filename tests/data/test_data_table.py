@@ -87,7 +87,7 @@ def test_every_format(tmp_path: Path, name: str) -> None:
         FeaturesDataModule(str(tmp_path / name), target="nope")
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.uint8, np.bool_])
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.uint16, np.bool_])
 def test_features_become_float32(tmp_path: Path, dtype: type) -> None:
     features = (np.arange(8).reshape(4, 2) % 3).astype(dtype)
     np.savez(tmp_path / "t.npz", features=features, target=[0, 1, 0, 1])
@@ -307,3 +307,12 @@ def test_missing_unknown_and_folder(tmp_path: Path) -> None:
     assert message(tmp_path / "t.xlsx") == "unknown table format '.xlsx'; use one of .csv .parquet .npz .safetensors"
     (tmp_path / "folder.csv").mkdir()
     assert message(tmp_path / "folder.csv").startswith("is a folder, not a table")
+
+
+def test_uint8_features_are_pixels_as_everywhere(tmp_path: Path) -> None:
+    pixels = np.arange(120, dtype=np.uint8).reshape(20, 6)
+    np.savez(tmp_path / "t.npz", features=pixels, target=np.arange(20) % 2)
+    data = FeaturesDataModule(str(tmp_path / "t.npz"), val_fraction=0)
+    x, _ = next(iter(data.train_dataloader()))
+    assert x.dtype == torch.uint8
+    np.testing.assert_allclose(data.standardization.mean, pixels.mean(0) / 255, rtol=1e-6)

@@ -140,6 +140,8 @@ class TorchlinCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.options()
         given = self._get(self.config_init, "trainer")
+        if given["enable_checkpointing"] is False:
+            raise ValueError("--trainer.enable_checkpointing false: a run folder keeps a checkpoint to resume from")
         callbacks = given["callbacks"] or []
         kwargs["callbacks"] = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if given["enable_progress_bar"] is not False and not any(

@@ -1,87 +1,172 @@
-"""Decoding many image files into one array, in parallel, with all bad files reported at once."""
+"""Decoding many image files, in parallel and in order, with all bad files reported at once."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from torchlin.data.errors import DataError
 from torchlin.data.images import PixelFormat, Pixels, decode_image
 
+# Images handed to a thread at a time: enough to make handing over cheap, and no more than 4 MB of pixels.
 _CHUNK = 64
+_CHUNK_BYTES = 2**22
 _PROGRESS_FROM = 2000
 _LISTED = 20
 
 
-def decode_files(paths: Sequence[Path], pixel_format: PixelFormat, where: str = "images") -> Tensor:
-    """Decode files into one preallocated tensor, in the order given.
+class BadFile(NamedTuple):
+    """A file that cannot be decoded.
 
-    Pillow lets go of Python's lock while it decodes, so threads share the work; a progress bar is shown on a
-    terminal when there are many files.
+    Attributes:
+        place: its number among the files that were to be decoded.
+        reason: the path and what is wrong.
+    """
+
+    place: int
+    reason: str
+
+
+class Chunk(NamedTuple):
+    """Some files in a row, decoded.
+
+    Attributes:
+        pixels: uint8 (m, C, H, W) of those that could be decoded.
+        bad: the others.
+    """
+
+    pixels: Pixels
+    bad: list[BadFile]
+
+
+def decode_chunks(
+    paths: Sequence[str | os.PathLike[str]], pixel_format: PixelFormat, max_pixels: int | None = None
+) -> Generator[Chunk, None, None]:
+    """Decode files in the order given, some at a time; only a few chunks are in memory at once.
+
+    The decoders let go of Python's lock, so threads share the work; processes would, for small images, take longer to
+    start than the work takes. A progress bar is shown on a terminal when there are many files.
+
+    Args:
+        paths: the files.
+        pixel_format: how to decode, and the shape that all images must then have.
+        max_pixels: see `decode_image`.
+
+    Raises:
+        DataError: an image of another size, the first there is.
+    """
+    size = max(1, min(_CHUNK, _CHUNK_BYTES // math.prod(pixel_format.shape)))
+
+    def decode(start: int) -> Chunk:
+        stop = min(start + size, len(paths))
+        pixels = np.empty((stop - start, *pixel_format.shape), dtype=np.uint8)
+        bad = []
+        for i in range(start, stop):
+            try:
+                image = decode_image(paths[i], pixel_format.color, pixel_format.image_size, max_pixels)
+            except DataError as error:
+                bad.append(BadFile(i, str(error)))
+                continue
+            if image.shape != pixel_format.shape:
+                raise DataError(_size_message(paths[i], image, pixel_format))
+            pixels[i - start - len(bad)] = image
+        return Chunk(pixels[: stop - start - len(bad)], bad)
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    hidden = len(paths) < _PROGRESS_FROM or not console.is_terminal
+    threads = _cores()
+    starts = iter(range(0, len(paths), size))
+    pool = ThreadPoolExecutor(threads)
+    try:
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            task = progress.add_task("", total=len(paths))
+            waiting: deque[Future[Chunk]] = deque(pool.submit(decode, start) for start in islice(starts, 4 * threads))
+            while waiting:
+                chunk = waiting.popleft().result()
+                waiting.extend(pool.submit(decode, start) for start in islice(starts, 1))
+                progress.advance(task, len(chunk.pixels) + len(chunk.bad))
+                yield chunk
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decode_good(
+    paths: Sequence[str | os.PathLike[str]], pixel_format: PixelFormat, max_pixels: int | None = None
+) -> tuple[Tensor, list[BadFile]]:
+    """Decode files into memory as `decode_chunks` does: uint8 (m, C, H, W) of the good ones, and the bad ones."""
+    images = torch.empty((len(paths), *pixel_format.shape), dtype=torch.uint8)
+    out: Pixels = images.numpy()
+    bad: list[BadFile] = []
+    filled = 0
+    for chunk in decode_chunks(paths, pixel_format, max_pixels):
+        out[filled : filled + len(chunk.pixels)] = chunk.pixels
+        filled += len(chunk.pixels)
+        bad += chunk.bad
+    return images[:filled], bad
+
+
+def decode_files(
+    paths: Sequence[str | os.PathLike[str]],
+    pixel_format: PixelFormat,
+    where: str = "images",
+    max_pixels: int | None = None,
+) -> Tensor:
+    """Decode files into one tensor, uint8 (len(paths), C, H, W), in the order given.
 
     Args:
         paths: the files.
         pixel_format: how to decode, and the shape that all images must then have.
         where: what the files are, for the error message.
-
-    Returns:
-        uint8 (len(paths), C, H, W).
+        max_pixels: see `decode_image`.
 
     Raises:
         DataError: files that cannot be decoded, the first 20 listed; or the first file of another size.
     """
-    images = torch.empty((len(paths), *pixel_format.shape), dtype=torch.uint8)
-    out: Pixels = images.numpy()
-    bad: list[str] = []
-
-    def decode_chunk(start: int) -> list[str]:
-        errors = []
-        for i in range(start, min(start + _CHUNK, len(paths))):
-            try:
-                pixels = decode_image(paths[i], pixel_format.color, pixel_format.image_size)
-            except DataError as error:
-                errors.append(str(error))
-                continue
-            if pixels.shape != pixel_format.shape:
-                raise DataError(_size_message(paths[i], pixels, pixel_format))
-            out[i] = pixels
-        return errors
-
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = len(paths) < _PROGRESS_FROM or not console.is_terminal
-    with (
-        Progress(*columns, console=console, transient=True, disable=hidden) as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        task = progress.add_task("", total=len(paths))
-        for errors in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
-            bad += errors
-            progress.advance(task, _CHUNK)
+    images, bad = decode_good(paths, pixel_format, max_pixels)
     if bad:
-        raise DataError(_bad_files_message(bad, len(paths), where))
+        raise DataError(bad_files_message([file.reason for file in bad], len(paths), where))
     return images
 
 
-def _size_message(path: Path, pixels: Pixels, expected: PixelFormat) -> str:
+def bad_files_message(reasons: Sequence[str], total: int, where: str) -> str:
+    """Say how many of `total` files are bad and list the first 20."""
+    summary = f"{where}: {len(reasons)} of {total} images cannot be read; repair or remove"
+    if len(reasons) == 1:
+        return f"{summary} {reasons[0]}"
+    shown = [f"{summary} these files", *reasons[:_LISTED]]
+    return "\n  ".join(shown if len(reasons) <= _LISTED else [*shown, f"and {len(reasons) - _LISTED} more"])
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} images/s")
+
+
+def _cores() -> int:
+    """Cores that this process may use: in a container or under a batch system, fewer than the machine has."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _size_message(path: str | os.PathLike[str], pixels: Pixels, expected: PixelFormat) -> str:
     (_, height, width), (_, rows, columns) = pixels.shape, expected.shape
     return (
-        f"{path}: image is {width}×{height} pixels (width × height), the first training image is "
+        f"{Path(path)}: image is {width}×{height} pixels (width × height), the first training image is "
         f"{columns}×{rows}; train with image_size to resize all images to one size"
     )
-
-
-def _bad_files_message(bad: Sequence[str], total: int, where: str) -> str:
-    summary = f"{where}: {len(bad)} of {total} images cannot be read; repair or remove"
-    if len(bad) == 1:
-        return f"{summary} {bad[0]}"
-    shown = [f"{summary} these files", *bad[:_LISTED]]
-    return "\n  ".join(shown if len(bad) <= _LISTED else [*shown, f"and {len(bad) - _LISTED} more"])

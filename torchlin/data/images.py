@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import io
 import os
 import struct
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
+import torch
+import torchvision
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+from torch import Tensor
 
 from torchlin.data.errors import DataError
+from torchlin.data.headers import Plain, plain_image
 
 Color = Literal["rgb", "gray"]
 Pixels = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# By content, whatever the file's name: Pillow knows formats (EPS) for which it would start another program.
+# By content, whatever the file's name: Pillow knows formats (EPS) for which it would start another program. Imported
+# by name, since Pillow registers a format no sooner than its plugin is loaded.
+_PLUGINS = (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _MODES = {"rgb": "RGB", "gray": "L"}
 _CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}
@@ -34,7 +65,10 @@ _DAMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
-_RESIZE = "shorter side by Pillow bilinear with antialiasing, then centre crop"
+_RESIZE = (
+    "JPEG decoded at 1/2, 1/4 or 1/8 where its sides stay at least as long, "
+    "shorter side by Pillow bilinear with antialiasing, then centre crop"
+)
 
 
 @dataclass(frozen=True)
@@ -79,13 +113,38 @@ def has_image_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+class FoundFile(NamedTuple):
+    """One image file as a folder lists it.
+
+    Attributes:
+        path: where it is.
+        name: relative to some folder above it, with "/" between the parts on every system.
+        size: in bytes; -1 for a link that leads nowhere.
+        mtime_ns: when it was last changed, in nanoseconds since 1970.
+    """
+
+    path: str
+    name: str
+    size: int
+    mtime_ns: int
+
+
+def scan_images(folder: Path, prefix: str = "") -> list[FoundFile]:
+    """List the image files below `folder`, by suffix, in an order that is the same on every system.
+
+    Args:
+        folder: where to look; links are followed.
+        prefix: put before each file's name, which is otherwise relative to `folder`.
+    """
+    return sorted(_walk(str(folder), prefix, set()), key=lambda found: found.name.split("/"))
+
+
 def list_images(folder: Path) -> list[Path]:
-    """List the image files below `folder`, by suffix, in an order that is the same on every system."""
-    found = _walk(folder, set())
-    return sorted(found, key=lambda path: path.parts)
+    """List the image files below `folder` as `scan_images` does, their paths alone."""
+    return [Path(found.path) for found in scan_images(folder)]
 
 
-def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[FoundFile]:
     real = os.path.realpath(folder)
     if real in seen:  # a link to a folder above it
         return
@@ -95,13 +154,24 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
             if is_clutter(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(Path(entry.path), seen)
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
             elif has_image_suffix(entry.name) and (entry.is_file() or entry.is_symlink()):
-                yield Path(entry.path)
+                size, mtime_ns = _size_and_time(entry)
+                yield FoundFile(entry.path, prefix + entry.name, size, mtime_ns)
 
 
-def decode_image(path: str | os.PathLike[str], color: Color, image_size: int | None = None) -> Pixels:
-    """Decode one image file with Pillow.
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        found = entry.stat()
+    except OSError:
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def decode_image(
+    path: str | os.PathLike[str], color: Color, image_size: int | None = None, max_pixels: int | None = None
+) -> Pixels:
+    """Decode one image file.
 
     - Turned upright by its EXIF orientation; the first frame of an animation.
     - Anything transparent (alpha channel, or a transparent palette entry) is laid on white.
@@ -109,30 +179,177 @@ def decode_image(path: str | os.PathLike[str], color: Color, image_size: int | N
       refused, because nothing says which values are black and white.
     - CMYK, palette and other modes by Pillow's own conversion, without colour profiles; grey is 0.299 R +
       0.587 G + 0.114 B.
+    - A JPEG that is to be made smaller is decoded at 1/8, 1/4 or 1/2 already, the smallest at which both sides are
+      still at least `image_size`.
+
+    Plain JPEG and PNG files (`plain_image`), nearly all there are, take a shorter way than the rest:
+    torchvision's decoder for JPEG at full size, Pillow's codecs without the rest of Pillow for the others. Which way
+    depends on the file's content alone, and the pixels are the same. What the shorter way refuses, Pillow judges.
 
     Args:
         path: the file.
         color: "rgb" or "gray".
         image_size: see `PixelFormat`.
+        max_pixels: images of more pixels are refused before they are decoded; None for Pillow's own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS` (89 million unless changed).
 
     Returns:
         uint8 (C, H, W).
 
     Raises:
-        DataError: the file is missing, unreadable, truncated or no image; the message starts with the path.
+        DataError: the file is missing, unreadable, truncated, too large or no image; the message starts with the path.
     """
+    limit = _PILLOW_LIMIT.value() if max_pixels is None else max_pixels
     try:
-        with Image.open(path, formats=_FORMATS) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            image = _in_color(file, color)
-            pixels = np.array(image if image_size is None else _resized(image, image_size))
-    except UnidentifiedImageError:
-        reason = "not an image" if os.path.getsize(path) else "empty file"
-        raise DataError(f"{path}: {reason}") from None
+        data = _read(path)
+        plain = plain_image(data)
+        pixels = None
+        if plain is not None:
+            _check_limit(plain.width, plain.height, limit)
+            pixels = _decode_plain(plain, color, image_size)
+        if pixels is None:
+            pixels = _decode_any(data, color, image_size, limit)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+    except _NoImage:
+        raise DataError(f"{path}: {'not an image' if data else 'empty file'}") from None
     except _DAMAGE as error:
         raise DataError(f"{path}: cannot be decoded ({error or type(error).__name__})") from None
+    return pixels
+
+
+def decoder_versions() -> dict[str, str]:
+    """What decides the pixels besides the files: the decoding libraries and their versions."""
+    native = "none" if _torchvision_jpeg() is None else torchvision.__version__
+    jpeg = features.version("libjpeg_turbo") or features.version("jpg") or "unknown"
+    return {"pillow": PIL.__version__, "libjpeg": jpeg, "torchvision": native}
+
+
+class _NoImage(Exception):
+    """The content is that of no format that is read."""
+
+
+class _PillowLimit:
+    """Pillow's limit of size, lifted while any thread is inside; nothing but `_check_limit` is to judge.
+
+    Pillow has a single limit for the process. From there to twice as much it warns, beyond it refuses, and some of its
+    plugins ask it by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._kept: int | None = None
+
+    def value(self) -> int | None:
+        """The limit that holds when no thread is inside."""
+        with self._lock:
+            return self._kept if self._inside else Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._kept
+
+
+_PILLOW_LIMIT = _PillowLimit()
+
+
+def _read(path: str | os.PathLike[str]) -> bytearray:
+    with open(path, "rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        filled = file.readinto(data)
+        if filled == len(data):
+            return data
+        # A device or a pipe does not know its size, and a single read gives at most 2 GB.
+        return data[:filled] + file.readall()
+
+
+def _check_limit(width: int, height: int, limit: int | None) -> None:
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"Image size ({width * height} pixels) exceeds limit of {limit} pixels; "
+            "if it is what it claims to be, raise max_pixels"
+        )
+
+
+@functools.cache
+def _torchvision_jpeg() -> Callable[..., Tensor] | None:
+    """torchvision's JPEG decoder, which takes a third of Pillow's time on a small file; None in builds without it.
+
+    torchvision announces its removal, hence the operator itself: its public wrapper warns on every use. Its PNG decoder
+    is not used: damaged files crash the process.
+    """
+    try:
+        importlib.import_module("torchvision.io")  # registers the operator
+        operator: Callable[..., Tensor] = torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError):
+        return None
+    return operator
+
+
+def _decode_plain(plain: Plain, color: Color, image_size: int | None) -> Pixels | None:
+    """Pixels (C, H, W) of a plain image, or None if it is damaged."""
+    scale = _jpeg_scale(plain, image_size)
+    decode = _torchvision_jpeg() if plain.kind == "jpeg" and scale == 1 else None
+    mode = _MODES["gray" if plain.channels == 1 else "rgb"]
+    size = (-(-plain.width // scale), -(-plain.height // scale))
+    try:
+        if decode is not None:
+            # 0: the channels that the file has. They come as planes.
+            planes: Pixels = decode(torch.frombuffer(plain.stream, dtype=torch.uint8), 0, False).numpy()
+            if color == "rgb" and image_size is None:
+                return planes if len(planes) == 3 else np.repeat(planes, 3, axis=0)
+            image = Image.fromarray(planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        elif plain.kind == "jpeg":
+            image = Image.frombytes(mode, size, plain.stream, "jpeg", mode, "", scale, 0)
+        else:
+            image = Image.frombytes(mode, size, plain.stream, "zip", mode, 0)
+    except (RuntimeError, ValueError, OSError, TypeError):
+        return None
+    return _finished(image, color, image_size)
+
+
+def _jpeg_scale(plain: Plain, image_size: int | None) -> int:
+    if image_size is None or plain.kind != "jpeg":
+        return 1
+    room = min(plain.width, plain.height) // image_size
+    return next((scale for scale in (8, 4, 2) if room >= scale), 1)
+
+
+def _decode_any(data: bytearray, color: Color, image_size: int | None, limit: int | None) -> Pixels:
+    with _PILLOW_LIMIT, _identified(bytes(data)) as file:
+        _check_limit(*file.size, limit)
+        if image_size is not None:
+            file.draft(file.mode, (image_size, image_size))  # does something for JPEG only
+        ImageOps.exif_transpose(file, in_place=True)
+        return _finished(file, color, image_size)
+
+
+def _identified(data: bytes) -> ImageFile.ImageFile:
+    """Open an image as `Image.open` would, but without its limit of size."""
+    damage: Exception | None = None
+    for name in _FORMATS:
+        factory, accepts = Image.OPEN[name]
+        # A text instead of True says why the format cannot be read here.
+        if accepts is None or accepts(data[:16]) is True:
+            try:
+                return factory(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                damage = error
+    raise _NoImage from damage
+
+
+def _finished(image: Image.Image, color: Color, image_size: int | None) -> Pixels:
+    image = _in_color(image, color)
+    pixels = np.array(image if image_size is None else _resized(image, image_size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

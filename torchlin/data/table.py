@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from torchlin.data.base import ArrayDataModule, Arrays, SplitName
-from torchlin.data.errors import DataError, nearest
+from torchlin.data.errors import DataError
 from torchlin.data.table_files import Table, read_table
+from torchlin.registry import nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 

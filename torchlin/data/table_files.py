@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchlin.data.errors import DataError, nearest
+from torchlin.data.errors import DataError
+from torchlin.registry import nearest
 
 FEATURES = "features"
 # What NumPy and zipfile raise on damaged archives; OSError is handled for all formats together.
@@ -28,7 +29,7 @@ class Table:
     """One table file.
 
     Attributes:
-        features: float32 (n, p), all finite.
+        features: float32 (n, p), all finite; or uint8 (n, p), which is read as pixels.
         labels: the target column as text, str (n,).
         feature_names: the columns' names, p of them; None for files that have no column names.
     """
@@ -176,7 +177,9 @@ def _read_npz(path: Path, target: str) -> Table:
     kind = arrays[FEATURES].dtype.kind
     if kind not in "fiub":
         raise DataError(f"{path}: {FEATURES!r} has dtype {arrays[FEATURES].dtype}; it must be numeric")
-    features = arrays[FEATURES].astype(np.float32 if kind in "iub" else np.float64)
+    features = arrays[FEATURES]
+    if features.dtype != np.uint8:
+        features = features.astype(np.float32 if kind in "iub" else np.float64)
     return _table_of_arrays(path, torch.from_numpy(features), arrays[target], target)
 
 
@@ -280,6 +283,9 @@ def _check_labels_are_classes(path: Path, labels: Sequence[str], target: str) ->
 
 
 def _as_float32(path: Path, features: Tensor, place: Callable[[int, int], str]) -> Tensor:
+    """Finite float32; uint8 stays, because a head reads it as pixels (x/255) and training must do the same."""
+    if features.dtype == torch.uint8:
+        return features.contiguous()
     result = features.to(torch.float32)
     finite = result.isfinite()
     if not finite.all():

@@ -45,7 +45,8 @@ def gradient_descent(
     """
     if not lr > 0 or not tol > 0:
         raise ValueError(f"lr and tol are positive, got lr={lr}, tol={tol}")
-    w = torch.as_tensor(w0, dtype=None if isinstance(w0, Tensor) else torch.get_default_dtype()).detach().clone()
+    w = torch.as_tensor(w0).detach().clone()
+    w = w if w.is_floating_point() else w.to(torch.get_default_dtype())
     points, values, norms, stopped = [w], [], [], "max_steps"
     for step in range(max_steps + 1):
         at = w.detach().requires_grad_()
