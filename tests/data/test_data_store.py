@@ -42,7 +42,7 @@ print(module.sizes["train"], int(module._arrays["train"].inputs.long().sum()), f
 
 def started(root: Path, processes: int) -> list[subprocess.Popen[str]]:
     """Processes that begin their `setup` at the same time."""
-    command = [sys.executable, "-c", SCRIPT.format(root=str(root), delay=0.02)]
+    command = [sys.executable, "-c", SCRIPT.format(root=str(root), delay=0.04)]
     pipe = subprocess.PIPE
     running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(processes)]
     for process in running:

@@ -1,4 +1,4 @@
-"""Data for linear classifiers: images and tables, held in memory and handed out in whole batches."""
+"""Data for linear classifiers: images and tables, held in memory or mapped from disk, handed out in whole batches."""
 
 from torchlin.data.base import ArrayDataModule
 from torchlin.data.cifar import CIFAR10DataModule, CIFAR100DataModule

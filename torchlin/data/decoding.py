@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +27,8 @@ from torchlin.data.images import PixelFormat, Pixels, decode_image
 # Images handed to a thread at a time: enough to make handing over cheap, and no more than 4 MB of pixels.
 _CHUNK = 64
 _CHUNK_BYTES = 2**22
+# Below so many seconds for an image, two threads were slower than one.
+_QUICK = 75e-6
 _PROGRESS_FROM = 2000
 _LISTED = 20
 
@@ -58,8 +62,10 @@ def decode_chunks(
 ) -> Generator[Chunk, None, None]:
     """Decode files in the order given, some at a time; only a few chunks are in memory at once.
 
-    The decoders let go of Python's lock, so threads share the work; processes would, for small images, take longer to
-    start than the work takes. A progress bar is shown on a terminal when there are many files.
+    The decoders let go of Python's lock, so threads share the work. Images of a few thousand pixels are the exception:
+    handing the lock over costs more than it gains, so a single thread decodes them, if the first ones show that they
+    are so quick. Processes would take longer to start than such images take to decode. A progress bar is shown on a
+    terminal when there are many files.
 
     Args:
         paths: the files.
@@ -71,11 +77,14 @@ def decode_chunks(
     """
     size = max(1, min(_CHUNK, _CHUNK_BYTES // math.prod(pixel_format.shape)))
 
+    seconds: list[float] = []
+
     def decode(start: int) -> Chunk:
         stop = min(start + size, len(paths))
         pixels = np.empty((stop - start, *pixel_format.shape), dtype=np.uint8)
         bad = []
         for i in range(start, stop):
+            began = time.perf_counter()
             try:
                 image = decode_image(paths[i], pixel_format.color, pixel_format.image_size, max_pixels)
             except DataError as error:
@@ -84,18 +93,24 @@ def decode_chunks(
             if image.shape != pixel_format.shape:
                 raise DataError(_size_message(paths[i], image, pixel_format))
             pixels[i - start - len(bad)] = image
+            if start == 0:
+                seconds.append(time.perf_counter() - began)
         return Chunk(pixels[: stop - start - len(bad)], bad)
 
     console = Console(file=sys.stderr)
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     hidden = len(paths) < _PROGRESS_FROM or not console.is_terminal
-    threads = _cores()
     starts = iter(range(0, len(paths), size))
+    first = [decode(start) for start in islice(starts, 1)]
+    threads = 1 if seconds and statistics.median(seconds) < _QUICK else _cores()
     pool = ThreadPoolExecutor(threads)
     try:
         with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
             task = progress.add_task("", total=len(paths))
             waiting: deque[Future[Chunk]] = deque(pool.submit(decode, start) for start in islice(starts, 4 * threads))
+            for chunk in first:
+                progress.advance(task, len(chunk.pixels) + len(chunk.bad))
+                yield chunk
             while waiting:
                 chunk = waiting.popleft().result()
                 waiting.extend(pool.submit(decode, start) for start in islice(starts, 1))

@@ -65,6 +65,7 @@ _DAMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
+_SMALL = 2**16  # bytes; nothing shorter is read from a file than it holds
 _RESIZE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where its sides stay at least as long, "
     "shorter side by Pillow bilinear with antialiasing, then centre crop"
@@ -263,13 +264,16 @@ _PILLOW_LIMIT = _PillowLimit()
 
 
 def _read(path: str | os.PathLike[str]) -> bytearray:
-    with open(path, "rb", buffering=0) as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
-        filled = file.readinto(data)
-        if filled == len(data):
-            return data
-        # A device or a pipe does not know its size, and a single read gives at most 2 GB.
-        return data[:filled] + file.readall()
+    # As few calls as can be: each lets go of Python's lock, which for small files is most of the cost.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        data = bytearray(os.read(handle, _SMALL))
+        if len(data) == _SMALL:
+            while more := os.read(handle, 2**24):
+                data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 def _check_limit(width: int, height: int, limit: int | None) -> None:

@@ -47,6 +47,7 @@ CACHE_VARIABLE = "TORCHLIN_CACHE"
 MANIFEST = "manifest.json"
 _PIXELS, _TARGETS, _FILES = "pixels.u8", "targets.i64", "files.json"
 _UNFINISHED = re.compile(r"\.(building|old)-\d+$")
+_MOMENT = 1.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Without it Linux refuses to map more than there is memory, although nothing is ever written. Python knows the number
 # from 3.13 on; elsewhere than on these machines it may be another.
@@ -161,6 +162,8 @@ def load(
                 f"make room (python -m torchlin.data.cache lists what is there) or {_elsewhere()}"
             ) from None
         raise DataError(f"{cache}/: the cache folder cannot be used ({error}); {_elsewhere()}") from None
+    except NotImplementedError as error:  # a network drive without locks
+        raise DataError(f"{cache}/: the cache folder cannot be used ({error}); {_elsewhere()}") from None
 
 
 @contextlib.contextmanager
@@ -174,7 +177,8 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / f"{folder.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        # To open a store takes a moment, which is no reason to speak of waiting.
+        lock.acquire(timeout=_MOMENT if wait else 0)
     except Timeout:
         if not wait:
             raise
