@@ -27,6 +27,7 @@ LAYERS = (
     ("solvers",),
     ("data",),
     ("report", "metrics", "predict"),
+    ("folder",),
     ("classifier", "run"),
     ("probe",),
     ("estimators",),

@@ -22,7 +22,7 @@ from training import RUN_FILES, Blobs, KnownBlobs, Raise, quiet_trainer
 
 from torchlin import L1, DivergenceError, LinearClassifier, RunFolder, SoftmaxLoss, load_head
 from torchlin.data import DigitsDataModule
-from torchlin.run import find_run, newest_run, number_folder
+from torchlin.folder import find_run, newest_run, number_folder
 
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*", "ignore:.*does not have many workers")
 

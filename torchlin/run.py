@@ -1,17 +1,13 @@
-"""Run folders: what a trained model is on disk, and the callback that writes one."""
+"""`RunFolder`, the callback that writes a run folder."""
 
 from __future__ import annotations
 
-import csv
 import inspect
-import io
-import math
 import os
 import pickle
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 import yaml
@@ -22,111 +18,28 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from torchlin.classifier import LinearClassifier
-from torchlin.heads import LinearHead, Standardization
-from torchlin.losses import LOSS_REGISTRY, Loss
-from torchlin.penalties import PENALTY_REGISTRY, Penalty
-from torchlin.registry import nearest
-from torchlin.storage import load_head, replace_file, save_head
-from torchlin.version import __version__
-
-RUNS = Path("runs")
-CHECKPOINT = "checkpoint.ckpt"
-CONFIG = "config.yaml"
-METRICS = "metrics.csv"
+from torchlin.folder import (
+    CHECKPOINT,
+    CONFIG,
+    FILES,
+    METRICS,
+    Trained,
+    add_metrics,
+    draw,
+    find_run,
+    finite,
+    number_folder,
+    open_folder,
+    read_rows,
+    rows_to_csv,
+    write_result,
+)
+from torchlin.losses import LOSS_REGISTRY
+from torchlin.penalties import PENALTY_REGISTRY
+from torchlin.storage import load_head, replace_file
 
 # Beyond this many classes a confusion matrix is no picture.
 _MOST_CLASSES = 1000
-_OURS = {CHECKPOINT, CONFIG, METRICS, "head.safetensors", "head.json", "templates.png", "curves.png", "confusion.png"}
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """What a run folder can be written from: `LinearClassifier` is one."""
-
-    loss: Loss
-    penalty: Penalty | None
-
-    @property
-    def standardization(self) -> Standardization: ...
-
-    def to_head(self) -> LinearHead: ...
-
-
-def check_free(path: str | os.PathLike[str]) -> None:
-    """That a new run may be written to `path`.
-
-    Raises:
-        ValueError: a file, or a folder that is not empty.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(f"{folder}: is a file, a run needs a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder}: not empty; choose another folder with --run, or continue an interrupted run with "
-            f"--resume {folder}"
-        )
-
-
-def open_folder(path: str | os.PathLike[str]) -> Path:
-    """A new, empty folder for a run.
-
-    Raises:
-        ValueError: the folder is not empty, is a file, or cannot be written to.
-    """
-    check_free(path)
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot be written to ({error.strerror}); choose another folder with --run"
-        ) from None
-    return folder
-
-
-def number_folder(name: str, root: Path = RUNS) -> Path:
-    """A new folder root/<name>-<number>, the number counting up; two processes never get the same one."""
-    taken = [int(p.name.removeprefix(f"{name}-")) for p in _runs(root, name) if p.name.rpartition("-")[2].isdigit()]
-    number = max(taken, default=0) + 1
-    while True:
-        folder = root / f"{name}-{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose another folder with --run") from None
-        else:
-            return folder
-
-
-def _runs(root: Path, name: str) -> list[Path]:
-    return [p for p in root.iterdir() if p.name.rpartition("-")[0] == name] if root.is_dir() else []
-
-
-def newest_run(root: Path = RUNS) -> Path:
-    """The folder under `root` that was trained last (measuring an old run does not make it the newest).
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    heads = sorted(root.glob("*/head.safetensors"), key=lambda p: p.stat().st_mtime_ns)
-    if not heads:
-        raise FileNotFoundError(f"{root}: holds no finished run; train one with `torchlin fit`, or name one with --run")
-    return heads[-1].parent
-
-
-def find_run(path: str | os.PathLike[str]) -> Path:
-    """The run folder `path`, which must exist; a name alone is also looked for under runs/."""
-    for folder in (Path(path), RUNS / path):
-        if folder.is_dir():
-            return folder
-    known = [p.name for p in RUNS.iterdir()] if RUNS.is_dir() else []
-    raise FileNotFoundError(f"{path}: no such run folder{nearest(Path(path).name, known)}")
 
 
 class RunFolder(Checkpoint):
@@ -182,7 +95,7 @@ class RunFolder(Checkpoint):
     def _open(self, trainer: Trainer, module: Trained) -> Path:
         if self.resume:
             folder = find_run(cast("Path", self.path))
-            self.rows = _read_rows(folder / METRICS)
+            self.rows = read_rows(folder / METRICS)
             return folder
         config = self.config or _config(cast("LightningModule", module))
         if self.path is None:
@@ -245,7 +158,7 @@ class RunFolder(Checkpoint):
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         folder = cast("Path", self.path)
         if trainer.is_global_zero:
-            replace_file(folder / METRICS, _csv(self.rows).encode())
+            replace_file(folder / METRICS, rows_to_csv(self.rows).encode())
         self._checkpoint(trainer)
 
     def _checkpoint(self, trainer: Trainer) -> None:
@@ -277,7 +190,7 @@ class RunFolder(Checkpoint):
 
     def _discard(self) -> None:
         folder = cast("Path", self.path)
-        for name in _OURS:
+        for name in FILES:
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # not ours alone: something else lies in it
             folder.rmdir()
@@ -299,44 +212,11 @@ class RunFolder(Checkpoint):
         folder = cast("Path", self.path)
         # The last value of each: an epoch need not have had a validation, and an interrupted one has none at all.
         latest = {name: value for row in self.rows for name, value in row.items()}
-        metrics = _finite({name: value for name, value in latest.items() if name not in ("epoch", "step")})
+        metrics = finite({name: value for name, value in latest.items() if name not in ("epoch", "step")})
         facts = {"epochs": len(self.rows), "steps": trainer.global_step, "interrupted": interrupted, "metrics": metrics}
         head = write_result(folder, cast("Trained", module), data, facts)
         std = cast("Trained", module).standardization.std
         draw(folder, head, std, self.rows, self._confusion)
-
-
-def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[str, Any]) -> LinearHead:
-    """Write head.safetensors and head.json; `data` may be any data module, or None. Returns the head as written."""
-    head = trained.to_head().cpu()
-    classes = trained.loss.classes(head.out_features)
-    names = getattr(data, "class_names", None) or [str(c) for c in range(classes)]
-    known = {
-        "input": getattr(data, "input_info", None) or {"kind": "features", "shape": [head.in_features]},
-        "penalty": None if trained.penalty is None else PENALTY_REGISTRY.spec(trained.penalty),
-        "data": {key: getattr(data, key, None) for key in ("name", "fingerprint", "sizes")},
-        "torchlin": __version__,
-        **({"skipped_files": skipped} if (skipped := getattr(data, "skipped_files", None)) else {}),
-    }
-    save_head(
-        head,
-        folder,
-        class_names=names,
-        loss=head.info["loss"],
-        standardization=trained.standardization,
-        info={**known, **facts},
-    )
-    return load_head(folder)
-
-
-def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Add metrics to the head.json of a run."""
-    import json
-
-    path = folder / "head.json"
-    info = json.loads(path.read_text(encoding="utf-8"))
-    info["metrics"] = {**info.get("metrics", {}), **_finite(metrics)}
-    replace_file(path, (json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def check_checkpoint(path: Path, module: LightningModule) -> None:
@@ -355,44 +235,6 @@ def check_checkpoint(path: Path, module: LightningModule) -> None:
     for key in ("in_features", "num_classes", "loss"):
         if saved.get(key) != module.hparams[key]:
             raise ValueError(f"{path}: trained with {key}={saved.get(key)}, but now it is {module.hparams[key]}")
-
-
-def draw(
-    folder: Path, head: LinearHead, std: Tensor, rows: Sequence[Mapping[str, float]], confusion: Tensor | None
-) -> None:
-    """Draw the pictures of a run: class templates (W·σ), learning curves, and the confusion matrix (k, k) if any."""
-    from torchlin import report
-
-    drawn = {"templates.png": report.plot_templates(head, std=std)}
-    if rows:
-        drawn["curves.png"] = report.plot_curves(list(rows))
-    if confusion is not None and int(confusion.sum()):
-        drawn["confusion.png"] = report.plot_confusion(confusion.cpu(), head.info["class_names"])
-    for name, axes in drawn.items():
-        report.save(axes, folder / name)
-        report.close(axes)
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without NaN and infinity, which JSON cannot say and a user's own metric may be."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _csv(rows: Sequence[Mapping[str, float]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: int(v) if k in ("epoch", "step") else v for k, v in row.items()})
-    return text.getvalue()
-
-
-def _read_rows(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
 
 
 def _config(module: LightningModule) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torchlin.folder import find_run, newest_run
 from torchlin.predict import predict_images
-from torchlin.run import find_run, newest_run
 from torchlin.storage import load_head
 
 

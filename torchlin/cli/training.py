@@ -21,8 +21,9 @@ from rich.table import Table
 from torchlin.classifier import LinearClassifier
 from torchlin.cli.configs import find_config
 from torchlin.data import DataError
+from torchlin.folder import CHECKPOINT, CONFIG, add_metrics, check_free, find_run, newest_run
 from torchlin.heads import LinearHead
-from torchlin.run import CHECKPOINT, CONFIG, RunFolder, add_metrics, check_checkpoint, check_free, find_run, newest_run
+from torchlin.run import RunFolder, check_checkpoint
 from torchlin.storage import load_head
 
 _SAVED_KEYS = ("seed_everything", "trainer", "model", "data")
