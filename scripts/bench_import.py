@@ -1,6 +1,6 @@
 """What `import torchlin` costs beyond `import torch`: fresh processes in turn, medians and the median difference.
 
-    python scripts/bench_import.py [--repeats 9]
+python scripts/bench_import.py [--repeats 9]
 """
 
 from __future__ import annotations
