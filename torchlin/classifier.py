@@ -185,6 +185,7 @@ class LinearClassifier(LightningModule):
         self._checked = set()
         if stage != "fit":
             return
+        self._mean_weight = None  # that of the data of an earlier fit would weigh these wrongly
         data = self._data()
         standardization = getattr(data, "standardization", None)
         if standardization is None:
@@ -212,7 +213,6 @@ class LinearClassifier(LightningModule):
         if len(counts) != num_classes:
             raise ValueError(f"the data have {len(counts)} classes, this classifier num_classes={num_classes}")
         present = counts[counts > 0]
-        self._mean_weight = None
         if self.hparams["class_weight"] == "balanced":
             weight = counts.sum() / (num_classes * counts.clamp(min=1).double())
             self._weigh_classes(torch.where(counts > 0, weight, 0).float())
