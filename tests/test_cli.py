@@ -102,6 +102,13 @@ def test_the_package_is_the_command(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_data_are_known_by_name_in_a_process_that_named_none_before(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "taste.csv")
+    in_a_process(tmp_path, "fit", *FEW, "--data=FeaturesDataModule", f"--data.path={table}", "--run=mine")
+    config = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
+    assert config["data"]["class_path"] == "torchlin.data.FeaturesDataModule"
+
+
 def test_help_of_fit_shows_what_a_newcomer_needs(run: Run) -> None:
     result = run("fit", "--help")
     assert result.code == 0

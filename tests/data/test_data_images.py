@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from torchvision import transforms
 
 from torchlin.data import DataError
-from torchlin.data.decoding import decode_files
+from torchlin.data.decoding import decode_chunks, decode_files
 from torchlin.data.images import PixelFormat, decode_image, list_images
 
 RNG = np.random.default_rng(0)
@@ -287,6 +287,21 @@ def test_a_long_list_of_bad_files_is_cut_and_counted(tmp_path: Path) -> None:
     assert lines[21].strip() == "and 130 more"
 
 
+def test_images_of_another_size_may_count_as_bad(tmp_path: Path) -> None:
+    for i in range(130):
+        Image.new("L", (3, 3) if i in (0, 64, 129) else (2, 2), i).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "130.png").touch()
+    paths, small = list_images(tmp_path), PixelFormat((1, 2, 2), "gray")
+    chunks = list(decode_chunks(paths, small, other_sizes="bad"))
+    bad = [file for chunk in chunks for file in chunk.bad]
+    assert [file.place for file in bad] == [0, 64, 129, 130]
+    assert bad[1].reason.startswith(f"{paths[64]}: image is 3×3 pixels (width × height)")
+    values = np.concatenate([chunk.pixels for chunk in chunks])[:, 0, 0, 0].tolist()
+    assert values == [i for i in range(129) if i not in (0, 64)]
+    with pytest.raises(DataError, match=r"000\.png: image is 3×3 pixels"):
+        list(decode_chunks(paths, small))
+
+
 def test_one_bad_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     with pytest.raises(DataError) as caught:
@@ -297,7 +312,9 @@ def test_one_bad_file_is_one_line(tmp_path: Path) -> None:
 def test_pixel_format_survives_json() -> None:
     for pixel_format in (PixelFormat((3, 5, 7), "rgb"), PixelFormat((1, 8, 8), "gray", 8)):
         assert PixelFormat.from_info(pixel_format.to_info()) == pixel_format
-    assert "bilinear" in PixelFormat((1, 8, 8), "gray", 8).to_info()["resize"]
+    rule = PixelFormat((1, 8, 8), "gray", 8).to_info()["resize"]
+    for word in ("1/4 or 1/8", "bilinear", "torch's", "Pillow's", "centre crop"):
+        assert word in rule
 
 
 def test_listing_is_recursive_sorted_and_skips_clutter(tmp_path: Path) -> None:

@@ -10,40 +10,49 @@ import re
 import warnings
 from pathlib import Path
 
-from jsonargparse import ArgumentError
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer
-
 from torchlin import data
-from torchlin.classifier import DivergenceError, LinearClassifier
 from torchlin.data import DataError
 from torchlin.registry import nearest
 
 _PACKAGE = Path(__file__).parents[1]
-_DATA_CLASSES = [name for name in data.__all__ if name.endswith("DataModule") and name != "ArrayDataModule"]
 
+DATA_CLASSES = [name for name in data.__all__ if name.endswith("DataModule") and name != "ArrayDataModule"]
+
+# The commands that load Lightning, which takes seconds: what is imported inside a function here is for these alone.
+_TRAINING = ("fit", "validate", "test")
 _METAVARS = {"root": "FOLDER", "path": "FILE"}
 
 
-def expected_error(error: BaseException | None) -> BaseException | None:
-    """The error that is the user's to mend, if any: torchlin raised it, or it is about files or options.
+def expected_error(error: BaseException | None, command: str) -> BaseException | None:
+    """The error of `torchlin <command>` that is the user's to mend, if any.
 
-    jsonargparse wraps what a constructor raises in errors of its own, which are followed to what they wrap.
+    torchlin raised it, or it is about files or options. jsonargparse wraps what a constructor raises in errors of its
+    own, which are followed to what they wrap.
     """
+    expected: tuple[type[Exception], ...] = (DataError, OSError)
+    if command in _TRAINING:
+        expected += _training_errors()
     wrapper = None
     while error is not None:
-        if isinstance(error, (DataError, DivergenceError, MisconfigurationException, OSError)):
+        if isinstance(error, expected):
             return error
         path, raised = _origin(error)
         if isinstance(error, (ValueError, TypeError)) and raised and path.is_relative_to(_PACKAGE):
             return error
-        if isinstance(error, (ArgumentError, argparse.ArgumentError)):
+        if isinstance(error, argparse.ArgumentError):  # jsonargparse's is the same class
             wrapper = wrapper or error
         elif "jsonargparse" not in path.parts:
             break
         error = error.__cause__ or error.__context__
     return wrapper
+
+
+def _training_errors() -> tuple[type[Exception], ...]:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from torchlin.classifier import DivergenceError
+
+    return DivergenceError, MisconfigurationException
 
 
 def _origin(error: BaseException) -> tuple[Path, bool]:
@@ -63,7 +72,7 @@ def one_line(error: BaseException, command: str) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, DataError):
         return str(error)  # a list of files may take several lines
-    if not isinstance(error, (ArgumentError, argparse.ArgumentError)):
+    if not isinstance(error, argparse.ArgumentError):
         return " ".join(str(error).split())
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", str(error))
     if unknown:
@@ -96,7 +105,7 @@ def _option_message(text: str) -> str:
     )
     if option != "data" or not given:
         return message
-    return f"{message}{nearest(given[1], _DATA_CLASSES)}; data: {', '.join(_DATA_CLASSES)}"
+    return f"{message}{nearest(given[1], DATA_CLASSES)}; data: {', '.join(DATA_CLASSES)}"
 
 
 def _example(key: str, name: str) -> str:
@@ -104,12 +113,16 @@ def _example(key: str, name: str) -> str:
 
 
 def _known_options(command: str) -> list[str]:
-    if command == "predict":
-        return ["run", "output", "scores", "batch_size"]
+    if command not in _TRAINING:
+        return ["run", "output", "scores", "batch_size", "max_pixels", "on_error", "help"]
+    from lightning.pytorch import Trainer
+
+    from torchlin.classifier import LinearClassifier
+
     model = [f"model.{name}" for name in inspect.signature(LinearClassifier).parameters]
     trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
     data = ["data", "data.root", "data.path", "data.batch_size", "data.num_workers", "data.seed", "data.val_fraction"]
-    return [*model, *trainer, *data, "run", "resume", "config", "seed_everything"]
+    return [*model, *trainer, *data, "run", "resume", "save_every", "config", "seed_everything"]
 
 
 _NOISE = (
@@ -118,15 +131,19 @@ _NOISE = (
 )
 
 
-def quiet() -> None:
+def quiet(command: str) -> None:
     """Keep off the screen what says nothing to a person who typed a command: notes about Lightning's own code."""
+    warnings.formatwarning = _format_warning
+    if command not in _TRAINING:
+        return
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
+
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not re.search(_NOISE, record.getMessage()))
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero.*")  # no such split
-    warnings.formatwarning = _format_warning
 
 
 def _format_warning(

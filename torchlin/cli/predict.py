@@ -36,10 +36,30 @@ def predict(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", metavar="FILE", help="CSV to write (default: standard output)")
     parser.add_argument("--scores", action="store_true", help="add one column per class with its score")
     parser.add_argument("--batch_size", type=int, default=1024, help="images per batch (default: %(default)s)")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        metavar="N",
+        help="refuse images of more pixels, before they fill the memory (default: Pillow's limit, 89 million)",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="images that cannot be read or have another size than the training images: stop, list them and write "
+        "nothing, or skip them and name them on standard error (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     folder = newest_run() if options.run is None else find_run(options.run)
     head = load_head(folder)
-    rows = predict_images(head, options.images, batch_size=options.batch_size, all_scores=options.scores)
+    rows = predict_images(
+        head,
+        options.images,
+        batch_size=options.batch_size,
+        all_scores=options.scores,
+        max_pixels=options.max_pixels,
+        on_error=options.on_error,
+    )
     header = ["file", "label", "score", "probability", *(head.info["class_names"] if options.scores else [])]
     with _output(options.output) as stream:
         writer = csv.writer(stream, lineterminator="\n")

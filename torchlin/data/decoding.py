@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import sys
 import time
 from collections import deque
@@ -12,7 +11,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +26,13 @@ from torchlin.data.images import PixelFormat, Pixels, decode_image
 # Images handed to a thread at a time: enough to make handing over cheap, and no more than 4 MB of pixels.
 _CHUNK = 64
 _CHUNK_BYTES = 2**22
-# Below so many seconds for an image, two threads were slower than one.
-_QUICK = 75e-6
+# Chunks for each thread by which is found how many threads are fastest.
+_TRIED = 3
 _PROGRESS_FROM = 2000
 _LISTED = 20
+
+
+OtherSizes = Literal["raise", "bad"]
 
 
 class BadFile(NamedTuple):
@@ -58,66 +60,91 @@ class Chunk(NamedTuple):
 
 
 def decode_chunks(
-    paths: Sequence[str | os.PathLike[str]], pixel_format: PixelFormat, max_pixels: int | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    pixel_format: PixelFormat,
+    max_pixels: int | None = None,
+    *,
+    other_sizes: OtherSizes = "raise",
 ) -> Generator[Chunk, None, None]:
     """Decode files in the order given, some at a time; only a few chunks are in memory at once.
 
     The decoders let go of Python's lock, so threads share the work. Images of a few thousand pixels are the exception:
-    handing the lock over costs more than it gains, so a single thread decodes them, if the first ones show that they
-    are so quick. Processes would take longer to start than such images take to decode. A progress bar is shown on a
-    terminal when there are many files.
+    handing the lock over costs more than it gains. So the first chunks are decoded by one thread, the next by one per
+    core, and the rest by whoever was faster. Processes would take longer to start than small images take to decode. A
+    progress bar is shown on a terminal when there are many files.
 
     Args:
         paths: the files.
         pixel_format: how to decode, and the shape that all images must then have.
         max_pixels: see `decode_image`.
+        other_sizes: images of another size than `pixel_format` says: "raise" at the first, which in training is seldom
+            alone, or take them as "bad" files.
 
     Raises:
-        DataError: an image of another size, the first there is.
+        DataError: an image of another size, the first there is, unless these are bad files.
     """
     size = max(1, min(_CHUNK, _CHUNK_BYTES // math.prod(pixel_format.shape)))
-
-    seconds: list[float] = []
 
     def decode(start: int) -> Chunk:
         stop = min(start + size, len(paths))
         pixels = np.empty((stop - start, *pixel_format.shape), dtype=np.uint8)
         bad = []
         for i in range(start, stop):
-            began = time.perf_counter()
             try:
                 image = decode_image(paths[i], pixel_format.color, pixel_format.image_size, max_pixels)
             except DataError as error:
                 bad.append(BadFile(i, str(error)))
                 continue
             if image.shape != pixel_format.shape:
-                raise DataError(_size_message(paths[i], image, pixel_format))
+                message = _size_message(paths[i], image, pixel_format)
+                if other_sizes == "raise":
+                    raise DataError(message)
+                bad.append(BadFile(i, message))
+                continue
             pixels[i - start - len(bad)] = image
-            if start == 0:
-                seconds.append(time.perf_counter() - began)
         return Chunk(pixels[: stop - start - len(bad)], bad)
 
     console = Console(file=sys.stderr)
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     hidden = len(paths) < _PROGRESS_FROM or not console.is_terminal
     starts = iter(range(0, len(paths), size))
-    first = [decode(start) for start in islice(starts, 1)]
-    threads = 1 if seconds and statistics.median(seconds) < _QUICK else _cores()
-    pool = ThreadPoolExecutor(threads)
+    cores = available_cores()
+    alone, team = ThreadPoolExecutor(1), ThreadPoolExecutor(cores)
+
+    def timed(pool: ThreadPoolExecutor, count: int) -> tuple[list[Chunk], float]:
+        """The next `count` chunks, and the seconds for each."""
+        began = time.perf_counter()
+        chunks = list(pool.map(decode, islice(starts, count)))
+        return chunks, (time.perf_counter() - began) / max(1, len(chunks))
+
+    def chosen() -> Generator[Chunk, None, ThreadPoolExecutor]:
+        """The chunks by which the pool is chosen."""
+        if cores == 1:
+            return alone
+        yield from timed(alone, 1)[0]  # the first of all loads what is needed
+        chunks, by_one = timed(alone, _TRIED)
+        yield from chunks
+        chunks, by_all = timed(team, _TRIED * cores)
+        yield from chunks
+        return team if by_all < 0.9 * by_one else alone
+
+    def decoded() -> Generator[Chunk, None, None]:
+        pool = yield from chosen()
+        waiting: deque[Future[Chunk]] = deque(pool.submit(decode, start) for start in islice(starts, 4 * cores))
+        while waiting:
+            chunk = waiting.popleft().result()
+            waiting.extend(pool.submit(decode, start) for start in islice(starts, 1))
+            yield chunk
+
     try:
         with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
             task = progress.add_task("", total=len(paths))
-            waiting: deque[Future[Chunk]] = deque(pool.submit(decode, start) for start in islice(starts, 4 * threads))
-            for chunk in first:
-                progress.advance(task, len(chunk.pixels) + len(chunk.bad))
-                yield chunk
-            while waiting:
-                chunk = waiting.popleft().result()
-                waiting.extend(pool.submit(decode, start) for start in islice(starts, 1))
+            for chunk in decoded():
                 progress.advance(task, len(chunk.pixels) + len(chunk.bad))
                 yield chunk
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in (alone, team):
+            pool.shutdown(cancel_futures=True)
 
 
 def decode_good(
@@ -158,9 +185,9 @@ def decode_files(
     return images
 
 
-def bad_files_message(reasons: Sequence[str], total: int, where: str) -> str:
-    """Say how many of `total` files are bad and list the first 20."""
-    summary = f"{where}: {len(reasons)} of {total} images cannot be read; repair or remove"
+def bad_files_message(reasons: Sequence[str], total: int, where: str, verb: str = "read") -> str:
+    """Say how many of `total` files are bad (cannot be `verb`) and list the first 20."""
+    summary = f"{where}: {len(reasons)} of {total} images cannot be {verb}; repair or remove"
     if len(reasons) == 1:
         return f"{summary} {reasons[0]}"
     shown = [f"{summary} these files", *reasons[:_LISTED]]
@@ -173,7 +200,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} images/s")
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use: in a container or under a batch system, fewer than the machine has."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1

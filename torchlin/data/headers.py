@@ -68,6 +68,8 @@ def _jpeg_frame(data: bytes | bytearray, at: int) -> Plain | None:
 
 
 def _plain_png(data: bytes | bytearray) -> Plain | None:
+    if len(data) < 29:
+        return None  # Pillow says what is missing
     bits, color, *methods = data[24:29]
     if bits != 8 or color not in (0, 2) or any(methods):
         return None
