@@ -508,7 +508,9 @@ def test_a_step_asks_the_device_for_no_value() -> None:
     scores, target = torch.empty(8, 3, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
     loss = SoftmaxLoss(weight=[1.0, 2.0, 0.5], validate=False).to("meta")
     metrics = StageMetrics(3).to("meta")
-    metrics.update(loss.predict(scores), target, loss(scores, target), loss)
+    for _ in range(100):  # more than are held before they are counted
+        metrics.add(loss.predict(scores), target, loss.total(scores, target))
+    metrics.count()
     assert metrics.compute()["accuracy"].is_meta
     with pytest.raises(RuntimeError):
         metrics.compute()["accuracy"].item()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,7 +22,7 @@ LAYERS = (
     ("loss",),
     ("losses", "penalties"),
     ("functional", "heads"),
-    ("storage",),
+    ("storage", "fused"),
     ("optim", "features"),
     ("objective",),
     ("solvers",),
@@ -111,11 +112,20 @@ def test_import_torchlin_loads_torch_and_nothing_heavier() -> None:
     assert not loaded & set(HEAVY)
 
 
+def test_import_torchlin_data_loads_nothing_heavier_than_torch() -> None:
+    assert not loaded_by("import torchlin.data; dir(torchlin.data)") & set(HEAVY)
+
+
 def test_unknown_public_name_suggests_the_nearest() -> None:
     with pytest.raises(AttributeError, match=r"'LinerHead' \(did you mean 'LinearHead'\?\)"):
         torchlin.LinerHead  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'CIFAR10Data' \(did you mean 'CIFAR10DataModule'\?\)"):
+        torchlin.data.CIFAR10Data  # noqa: B018
 
 
-def test_public_names_are_listed_and_unique() -> None:
-    assert len(set(torchlin.__all__)) == len(torchlin.__all__)
-    assert set(torchlin.__all__) <= set(dir(torchlin))
+@pytest.mark.parametrize("package", [torchlin, torchlin.data], ids=["torchlin", "torchlin.data"])
+def test_public_names_are_listed_and_unique(package: ModuleType) -> None:
+    assert len(set(package.__all__)) == len(package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None

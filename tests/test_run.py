@@ -22,6 +22,7 @@ from training import RUN_FILES, Blobs, KnownBlobs, Raise, quiet_trainer
 
 from torchlin import L1, DivergenceError, LinearClassifier, RunFolder, SoftmaxLoss, load_head
 from torchlin.data import DigitsDataModule
+from torchlin.data.loading import ArrayDataset, BatchSampler, Loader
 from torchlin.folder import find_run, newest_run, number_folder
 
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*", "ignore:.*does not have many workers")
@@ -364,10 +365,8 @@ class Shuffled(KnownBlobs):
     """Batches in an order that depends on the epoch, as torchlin's own data modules have it."""
 
     def train_dataloader(self) -> Any:
-        from torchlin.data.loading import EpochSampler
-
-        dataset = list(zip(*self.train, strict=True))
-        return DataLoader(dataset, self.batch_size, sampler=EpochSampler(len(dataset), 0))  # type: ignore[arg-type]
+        dataset = ArrayDataset(*self.train)
+        return Loader(dataset, self.batch_size, sampler=BatchSampler(len(dataset), self.batch_size, 0))
 
 
 def _fit(callbacks: Any, checkpoint: Path | None = None) -> LinearClassifier:

@@ -14,7 +14,9 @@ Nothing saved is ever written to: every in-place operation here or in a loss act
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,15 @@ class RowLoss(Protocol):
 
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         """Row i: (∂²L_i/∂z_i²) vector_i, (n, k)."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def known_signature(function: F) -> F:
+    """Keep a function's signature in it: torch and Lightning ask for that of some functions at every call."""
+    vars(function)["__signature__"] = inspect.signature(function)
+    return function
 
 
 def row_values(scores: Tensor, target: Tensor, coefficient: Tensor | None, loss: RowLoss) -> Tensor:
@@ -58,7 +69,7 @@ def _scale(upstream: Tensor, coefficient: Tensor | None) -> Tensor:
     return upstream if coefficient is None else upstream * coefficient
 
 
-def _masked(rows: Tensor, coefficient: Tensor | None) -> Tensor:
+def masked(rows: Tensor, coefficient: Tensor | None) -> Tensor:
     """Zero, not NaN, where a sample does not count: its scores may be anything."""
     if coefficient is None:
         return rows
@@ -73,14 +84,15 @@ def _scaled_gradient(
     scale = _scale(upstream, coefficient).unsqueeze(-1)
     # In place where the upstream gradient is an ordinary tensor; `is_grads_batched=True` hands in a batch of them.
     batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream)
-    return _masked(gradient * scale if batched else gradient.mul_(scale), coefficient)
+    return masked(gradient * scale if batched else gradient.mul_(scale), coefficient)
 
 
 class _Value(torch.autograd.Function):
     @staticmethod
+    @known_signature
     def forward(scores: Tensor, target: Tensor, coefficient: Tensor | None, loss: RowLoss) -> Tensor:
         value = loss.value(scores, target)
-        return value if coefficient is None else _masked(value * coefficient, coefficient)
+        return value if coefficient is None else masked(value * coefficient, coefficient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,6 +118,7 @@ class _Value(torch.autograd.Function):
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
+    @known_signature
     def forward(scores: Tensor, target: Tensor, coefficient: Tensor | None, upstream: Tensor, loss: RowLoss) -> Tensor:
         return _scaled_gradient(scores, target, coefficient, upstream, loss)
 
@@ -121,7 +134,7 @@ class _Gradient(torch.autograd.Function):
         in_scores = in_upstream = None
         if ctx.needs_input_grad[0]:
             product = ctx.loss.hessian_product(scores, target, tangent)
-            in_scores = _masked(product * _scale(upstream, coefficient).unsqueeze(-1), coefficient)
+            in_scores = masked(product * _scale(upstream, coefficient).unsqueeze(-1), coefficient)
         if ctx.needs_input_grad[3]:
             ones = torch.ones_like(upstream)
             in_upstream = (_row_gradient(scores, target, coefficient, ones, ctx.loss) * tangent).sum(-1)
@@ -152,7 +165,7 @@ class _GradientWithJvp(_Gradient):
         out = torch.zeros_like(scores)
         if tangent is not None:
             product = ctx.loss.hessian_product(scores, target, tangent)
-            out = out + _masked(product * _scale(upstream, coefficient).unsqueeze(-1), coefficient)
+            out = out + masked(product * _scale(upstream, coefficient).unsqueeze(-1), coefficient)
         if upstream_tangent is not None:
             out = out + _row_gradient(scores, target, coefficient, upstream_tangent, ctx.loss)
         return out

@@ -117,6 +117,11 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{path}: no such run folder{nearest(Path(path).name, known)}")
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run got as far as its first checkpoint; one that was killed before holds no more than config.yaml."""
+    return any((folder / name).exists() for name in FILES if name != CONFIG)
+
+
 def write_result(folder: Path, trained: Trained, data: object, facts: Mapping[str, Any]) -> LinearHead:
     """Write head.safetensors and head.json; `data` may be any data module, or None. Returns the head as written."""
     head = trained.to_head().cpu()

@@ -27,6 +27,20 @@ class Encoded(NamedTuple):
     normaliser: Tensor | None
 
 
+class Total(NamedTuple):
+    """A loss summed over samples.
+
+    Attributes:
+        loss: Σ c_i L_i, differentiable, ().
+        weight: N, the denominator of the mean; a number where no tensor had to be read to know it.
+        counting: how many samples count; likewise.
+    """
+
+    loss: Tensor
+    weight: Tensor | int
+    counting: Tensor | int
+
+
 def reduce(values: Tensor, normaliser: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     """The one place where losses are averaged: Σ values / Σ normaliser, or the sum, or nothing.
 
@@ -93,7 +107,7 @@ class Loss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.validate = validate
-        if weight is not None and not _tracing() and not bool((weight >= 0).all() and weight.isfinite().all()):
+        if weight is not None and not tracing() and not bool((weight >= 0).all() and weight.isfinite().all()):
             raise ValueError(f"class weights are finite and not negative, got {weight.tolist()}")
 
     # The mathematics.
@@ -105,6 +119,10 @@ class Loss(nn.Module):
     def gradient(self, scores: Tensor, target: Tensor) -> Tensor:
         """G = ∂L/∂Z, (n, k), a new tensor (the caller may scale it in place)."""
         raise NotImplementedError
+
+    def value_and_gradient(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once, for a loss in which they share work."""
+        return self.value(scores, target), self.gradient(scores, target)
 
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         """Row i: (∂²L_i/∂z_i²) vector_i, (n, k). Zero for a piecewise linear loss: right away from its kinks."""
@@ -126,16 +144,6 @@ class Loss(nn.Module):
     def predict(self, scores: Tensor) -> Tensor:
         """The class that the scores (n, outputs) speak for, (n,): the one with the largest."""
         return scores.argmax(-1)
-
-    def sample_weights(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """w_y of each sample, 0 where it is ignored, and whether it counts: two tensors (n,).
-
-        The sum of the first is the N of a mean.
-        """
-        counts = target != self.ignore_index
-        if self.weight is None:
-            return counts.float(), counts
-        return self.weight[torch.where(counts, target.long(), 0)] * counts, counts
 
     def smoothness(self, num_classes: int) -> float | None:
         """Lipschitz constant of ∂L/∂z in the Euclidean norm; None where the gradient jumps."""
@@ -159,30 +167,57 @@ class Loss(nn.Module):
     # What every loss shares.
 
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
-        rows, row_target = self._rows(scores, target)
         shape = drop_classes(scores) if target.is_floating_point() else target.shape
-        target_rows, coefficient, normaliser = self.encode(rows, row_target)
-        values = row_values(rows, target_rows, coefficient, self)
+        rows, row_target = self._rows(scores, target)
+        encoded = self.encode(rows, row_target)
+        values = row_values(rows, encoded.target, encoded.coefficient, self)
         if self.reduction == "none":
             return values.view(shape)
-        return reduce(values, normaliser, self.reduction)
+        return reduce(values, encoded.normaliser, self.reduction)
 
-    def encode(self, scores: Tensor, target: Tensor) -> Encoded:
+    def total(self, scores: Tensor, target: Tensor, *, all_count: bool = False) -> Total:
+        """The sum and what to divide it by, apart: for a mean over more samples than are at hand at a time.
+
+        Takes and raises what calling the loss does; `reduction` does not matter.
+
+        Args:
+            scores: see the class.
+            target: see the class.
+            all_count: the targets are known to be classes, none of them ignored; they are then not looked at.
+        """
+        rows, row_target = self._rows(scores, target)
+        encoded, weight, counting = self.prepare(rows, row_target, all_count=all_count)
+        return Total(row_values(rows, encoded.target, encoded.coefficient, self).sum(), weight, counting)
+
+    def prepare(
+        self, scores: Tensor, target: Tensor, *, all_count: bool = False
+    ) -> tuple[Encoded, Tensor | int, Tensor | int]:
+        """The encoded target, and `weight` and `counting` of a `Total`. Scores (n, k), target (n,)."""
+        encoded = self.encode(scores, target, all_count=all_count)
+        weight = len(scores) if encoded.normaliser is None else encoded.normaliser.sum()
+        counting: Tensor | int = len(scores)
+        if not all_count and encoded.coefficient is not None and not target.is_floating_point():
+            counting = (target != self.ignore_index).sum().to(scores.dtype)
+        return encoded, weight, counting
+
+    def encode(self, scores: Tensor, target: Tensor, *, all_count: bool = False) -> Encoded:
         """Targets as `value` wants them, and what each sample counts. Scores (n, k), target (n,) integers."""
-        target, counts = self._class_indices(scores, target)
+        target, counts = self._class_indices(scores, target, all_count)
         coefficient = None if counts is None else counts.to(scores.dtype)
         if self.weight is not None:
             chosen = self.weight.to(scores)[target]
             coefficient = chosen if coefficient is None else chosen * coefficient
         return Encoded(target, coefficient, coefficient)
 
-    def _class_indices(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _class_indices(self, scores: Tensor, target: Tensor, all_count: bool) -> tuple[Tensor, Tensor | None]:
         """int64 targets with 0 for the ignored ones, and which count (None if surely all do)."""
         target = target.long()
         classes = self.classes(scores.shape[1])
         if self.weight is not None and self.weight.shape[0] != classes:
             raise ValueError(f"weight has {self.weight.shape[0]} entries for {classes} classes")
-        if self.validate and not _tracing():
+        if all_count:
+            return target, None
+        if self.validate and not tracing():
             if target.numel() == 0:
                 return target, None
             low, high = (int(v) for v in torch.aminmax(target))
@@ -241,12 +276,12 @@ def full_precision(scores: Tensor) -> Tensor:
     return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 
 
-def _tracing() -> bool:
+def tracing() -> bool:
     """Whether values cannot be looked at: compile, a torch.func transform, or CUDA graph capture."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

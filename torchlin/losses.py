@@ -235,6 +235,13 @@ class SoftmaxLoss(Loss):
         adjusted = torch.softmax(scores, 1)
         return adjusted.scatter_add_(1, target.unsqueeze(1), adjusted.new_full((len(target), 1), -1.0))
 
+    def value_and_gradient(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if target.dim() == 2:
+            return super().value_and_gradient(scores, target)
+        log_p, own = torch.log_softmax(scores, 1), target.unsqueeze(1)
+        value = -log_p.gather(1, own).squeeze(1)
+        return value, log_p.exp_().scatter_add_(1, own, log_p.new_full(own.shape, -1.0))
+
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         p = torch.softmax(scores, 1)
         product = p * (vector - (p * vector).sum(1, keepdim=True))
@@ -253,16 +260,16 @@ class SoftmaxLoss(Loss):
     def probabilities(self, scores: Tensor) -> Tensor:
         return torch.softmax(scores, min(1, scores.dim() - 1))
 
-    def encode(self, scores: Tensor, target: Tensor) -> Encoded:
+    def encode(self, scores: Tensor, target: Tensor, *, all_count: bool = False) -> Encoded:
         if target.dim() == 2:
             if self.weight is not None and self.weight.shape[0] != target.shape[1]:
                 raise ValueError(f"weight has {self.weight.shape[0]} entries for {target.shape[1]} classes")
             return Encoded(self._smoothed(target.to(scores.dtype)), None, None)
         if self.label_smoothing == 0:
-            return super().encode(scores, target)
+            return super().encode(scores, target, all_count=all_count)
         # Smoothing spreads the class weights too (torch's rule), so they go into the target row, not in front of it.
-        normaliser = super().encode(scores, target).normaliser
-        target, counts = self._class_indices(scores, target)
+        normaliser = super().encode(scores, target, all_count=all_count).normaliser
+        target, counts = self._class_indices(scores, target, all_count)
         one_hot = torch.zeros_like(scores).scatter(1, target.unsqueeze(1), 1)
         return Encoded(self._smoothed(one_hot), None if counts is None else counts.to(scores.dtype), normaliser)
 

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from torchlin.losses import Loss
+from torchlin.loss import Total
+
+# Batches that are held before they are counted together: counting then costs next to nothing per batch, and the labels
+# of so many batches are small beside the inputs of one.
+_HELD = 64
 
 
 class StageMetrics(Metric):
@@ -14,6 +18,10 @@ class StageMetrics(Metric):
 
     The state is a few counters per class. (torchmetrics' own per-class counters call bincount, which synchronises a
     GPU at every step.) Summed over processes, so the results are those of the whole data.
+
+    Args:
+        num_classes: number of classes.
+        ignore_index: samples with this target do not count.
     """
 
     full_state_update = False
@@ -21,31 +29,37 @@ class StageMetrics(Metric):
     weight_sum: Tensor
     correct: Tensor
     support: Tensor
-    seen: Tensor
-    first_bad: Tensor
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = -100) -> None:
         super().__init__()
         # float64 would be exact longer, but MPS has none; a float32 sum of batch losses is exact enough to log.
         self.add_state("loss_sum", torch.zeros(()), "sum")
         self.add_state("weight_sum", torch.zeros(()), "sum")
         self.add_state("correct", torch.zeros(num_classes, dtype=torch.long), "sum")
         self.add_state("support", torch.zeros(num_classes, dtype=torch.long), "sum")
-        self.add_state("seen", torch.zeros((), dtype=torch.long), "sum")
-        self.add_state("first_bad", torch.full((), -1, dtype=torch.long), "max")
+        self.ignore_index = ignore_index
+        self._held: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, predicted: Tensor, target: Tensor, loss_mean: Tensor, loss: Loss) -> None:
-        """Count one batch: predicted and true classes (n,), and the mean loss of the batch.
+    def add(self, predicted: Tensor, target: Tensor, total: Total) -> None:
+        """Take in one batch: predicted and true classes (n,), and its loss."""
+        # One by one, so that the sum does not depend on when somebody asks for the counters.
+        self.loss_sum.add_(total.loss.detach())
+        self.weight_sum.add_(total.weight)
+        self._held.append((predicted, target))
+        if len(self._held) == _HELD:
+            self.count()
 
-        The mean is weighted by the batch's N = Σ w_y, so that the result is the mean over all samples.
-        """
-        weights, counts = loss.sample_weights(target)
-        total = weights.sum().to(loss_mean.dtype)
+    def count(self) -> None:
+        """Bring the counters up to date with the batches taken in."""
+        if self._held:
+            predicted, target = zip(*self._held, strict=True)
+            self._held = []
+            self.update(torch.cat(predicted), torch.cat(target))
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        """Count samples: predicted and true classes (n,)."""
+        counts = target != self.ignore_index
         target = torch.where(counts, target.long(), 0)
-        self.first_bad = torch.where((self.first_bad < 0) & ~loss_mean.isfinite(), self.seen, self.first_bad)
-        self.seen = self.seen + 1
-        self.loss_sum = self.loss_sum + loss_mean * total
-        self.weight_sum = self.weight_sum + total
         self.support.index_add_(0, target, counts.long())
         self.correct.index_add_(0, target, (counts & (predicted == target)).long())
 
@@ -59,3 +73,23 @@ class StageMetrics(Metric):
             "accuracy": (self.correct.sum() / support.sum().clamp(min=1)).float(),
             "balanced_accuracy": (recall.sum() / present.sum().clamp(min=1)).float(),
         }
+
+    def counters(self) -> dict[str, Tensor]:
+        """What was counted so far, summed over processes."""
+        self.count()
+        counters = {name: getattr(self, name).clone() for name in self._defaults}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for counter in counters.values():
+                torch.distributed.all_reduce(counter)
+        return counters
+
+    def restore(self, counters: dict[str, Tensor], *, here: bool) -> None:
+        """Go on from `counters`, in one process: elsewhere the counting starts at 0."""
+        self.reset()
+        for name, counter in counters.items():
+            if here:
+                setattr(self, name, counter.to(getattr(self, name)))
+
+    def reset(self) -> None:
+        self._held = []
+        super().reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from torchlin.folder import (
     METRICS,
     Trained,
     add_metrics,
+    begun,
     draw,
     find_run,
     finite,
@@ -40,41 +42,58 @@ from torchlin.storage import load_head, replace_file
 
 # Beyond this many classes a confusion matrix is no picture.
 _MOST_CLASSES = 1000
+# Steps of the optimizer between two times that several processes ask whether a checkpoint is due.
+_ASK_EVERY = 50
 
 
 class RunFolder(Checkpoint):
     """Callback that keeps a run folder: `Trainer(callbacks=[torchlin.RunFolder("runs/mine")])`.
 
-    When training starts and after each epoch it writes `checkpoint.ckpt`, after each epoch `metrics.csv`; when fitting
-    ends, also by Ctrl-C, `head.safetensors`, `head.json`, and the pictures `templates.png`, `curves.png` and
-    `confusion.png`. `trainer.test` with the same callback adds the test metrics. The head is that of the last step. A
-    run that fails before its first epoch is complete leaves nothing behind, and neither does `fast_dev_run`.
+    When training starts, every `save_every` seconds and after each epoch it writes `checkpoint.ckpt`; after each epoch
+    `metrics.csv`; when fitting ends, also by Ctrl-C, `head.safetensors`, `head.json`, and the pictures `templates.png`,
+    `curves.png` and `confusion.png`. `trainer.test` with the same callback adds the test metrics. The head is that of
+    the last step. A run that fails before its first epoch is complete leaves nothing behind, and neither does
+    `fast_dev_run`.
 
     Args:
         path: the folder; None for runs/<data>-<loss>-<number>.
         resume: continue in a folder that a run was interrupted in (give its checkpoint.ckpt to `trainer.fit` too).
         config: text of config.yaml; the classifier's arguments if not given.
+        save_every: seconds between two checkpoints inside an epoch; 0 for one after every step. A run that is killed
+            loses no more, and ends with the weights that it would have ended with: the samples that are left of the
+            epoch follow in their order, if the loader can go on inside an epoch (those of `torchlin.data` can).
 
     Raises:
-        ValueError: the folder is not empty, or cannot be written to.
+        ValueError: the folder is not empty, or cannot be written to; save_every is negative.
         TypeError: the module has no head to write.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, resume: bool = False, config: str | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
+        config: str | None = None,
+        save_every: float = 60.0,
     ) -> None:
+        if not save_every >= 0:
+            raise ValueError(f"save_every is a number of seconds, at least 0, got {save_every}")
         if resume and path is None:
             raise ValueError("resume=True needs the path of the run to resume")
         self.path = None if path is None else Path(path)
         self.resume = resume
         self.config = config
+        self.save_every = save_every
+        self._saved = 0.0  # when, by the monotonic clock
         self.rows: list[dict[str, float]] = []
         # Lightning asks the first checkpointing callback for this when it is told to test without a model.
         self.best_model_path = ""
         self._opened = False
+        self._goes_on = False  # from a checkpoint
         self._fitted: tuple[object, object] = (None, None)
         self._restored = False
         self._validated = -1  # the last epoch with a validation
+        self._val_metrics: dict[str, float] = {}  # that this one logged
         self._confusion: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,6 +110,7 @@ class RunFolder(Checkpoint):
             self.path = self._open(trainer, pl_module)
         self.path = trainer.strategy.broadcast(self.path)
         self._opened, self._fitted = True, (pl_module, _data(trainer))
+        self._goes_on = self.resume and begun(cast("Path", self.path))
 
     def _open(self, trainer: Trainer, module: Trained) -> Path:
         if self.resume:
@@ -109,18 +129,49 @@ class RunFolder(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._opened:
             return
-        if self.resume and not self._restored:
+        if self._goes_on and not self._restored:
             own = str(cast("Path", self.path) / CHECKPOINT)
             raise ValueError(f"resume=True needs the checkpoint of the run: trainer.fit(…, ckpt_path={own!r})")
         # So that a run which is stopped during its first epoch starts that epoch again when it is resumed.
-        if not self.resume:
+        if not self._goes_on:
             self._checkpoint(trainer)
+        self._saved = time.monotonic()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = True
 
+    def state_dict(self) -> dict[str, Any]:
+        # The last validation, which a run that goes on does not repeat.
+        return {"validated": self._validated, "val_metrics": self._val_metrics, "confusion": self._confusion}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validated, self._val_metrics = state_dict["validated"], state_dict["val_metrics"]
+        self._confusion = state_dict["confusion"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._opened or not self._due(trainer, batch_idx):
+            return
+        # Between two steps of the optimizer. At the end of an epoch, and where a validation follows, Lightning would
+        # take up the run behind it: the results of the epoch, or of the validation, would be missing.
+        between = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        counted = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
+        validates = (counted + 1) % trainer.val_check_batch == 0 if trainer.val_check_batch else False
+        if between and not trainer.is_last_batch and not validates:
+            self._checkpoint(trainer)
+
+    def _due(self, trainer: Trainer, batch_idx: int) -> bool:
+        due = time.monotonic() - self._saved >= self.save_every
+        if trainer.world_size == 1:
+            return due
+        # All processes or none; asked seldom, because they have to wait for one another to know.
+        step = batch_idx // trainer.accumulate_grad_batches
+        return step % _ASK_EVERY == 0 and bool(trainer.strategy.broadcast(due))
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._confusion = None
+        if not trainer.sanity_checking:
+            self._confusion = None
 
     def on_validation_batch_end(
         self,
@@ -144,6 +195,8 @@ class RunFolder(Checkpoint):
         if trainer.sanity_checking:
             return
         self._validated = trainer.current_epoch
+        logged = trainer.callback_metrics.items()
+        self._val_metrics = {name: float(value) for name, value in logged if name.startswith("val_")}
         if self._confusion is not None:
             self._confusion = cast("Tensor", trainer.strategy.reduce(self._confusion, reduce_op="sum"))
 
@@ -151,9 +204,10 @@ class RunFolder(Checkpoint):
         if not self._opened:
             return
         row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        # Lightning keeps what an earlier epoch logged.
+        # Lightning keeps what an earlier epoch logged, and not what this one did before it was interrupted.
         stale = self._validated < trainer.current_epoch
         logged = trainer.callback_metrics.items()
+        row |= {} if stale else self._val_metrics
         row |= {name: float(value) for name, value in logged if not (stale and name.startswith("val_"))}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         folder = cast("Path", self.path)
@@ -162,7 +216,17 @@ class RunFolder(Checkpoint):
         self._checkpoint(trainer)
 
     def _checkpoint(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(cast("Path", self.path) / CHECKPOINT, weights_only=False)
+        # Beside and then renamed: Lightning moves a file from /tmp, which is no single step if that is another disk.
+        path = cast("Path", self.path) / CHECKPOINT
+        part = path.with_name(f".{CHECKPOINT}.part")
+        try:
+            trainer.save_checkpoint(part, weights_only=False)
+            if trainer.is_global_zero:
+                part.replace(path)
+        finally:
+            if trainer.is_global_zero:
+                part.unlink(missing_ok=True)
+        self._saved = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._opened:
@@ -172,6 +236,7 @@ class RunFolder(Checkpoint):
         self.best_model_path = best or str(cast("Path", self.path) / CHECKPOINT)
         if trainer.is_global_zero:
             self._finish(trainer, pl_module, interrupted=False)
+        trainer.strategy.barrier()  # no process goes on before the folder is whole
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not self._opened or trainer.state.fn != "fit":

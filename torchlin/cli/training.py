@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.table import Table
 from torchlin.classifier import LinearClassifier
 from torchlin.cli.configs import find_config
 from torchlin.data import DataError
-from torchlin.folder import CHECKPOINT, CONFIG, add_metrics, check_free, find_run, newest_run
+from torchlin.folder import CHECKPOINT, CONFIG, add_metrics, begun, check_free, find_run, newest_run
 from torchlin.heads import LinearHead
 from torchlin.run import RunFolder, check_checkpoint
 from torchlin.storage import load_head
@@ -117,6 +118,9 @@ class TorchlinCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str | None, default=None, help=_RUN_HELP)
         parser.add_argument("--resume", type=str | None, default=None, help="Run folder to continue in (fit only).")
+        parser.add_argument(
+            "--save_every", type=float, default=60.0, help="Seconds between checkpoints inside an epoch (fit only)."
+        )
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.in_features", "model.in_features", apply_on="instantiate")
         parser.set_defaults({"data": {"class_path": "torchlin.data.DigitsDataModule"}})
@@ -153,7 +157,10 @@ class TorchlinCLI(LightningCLI):
             if options.run is not None and options.resume is None:
                 check_free(options.run)  # before the data are read, which may take long
             self.run_folder = RunFolder(
-                options.resume or options.run, resume=options.resume is not None, config=self._config_text()
+                options.resume or options.run,
+                resume=options.resume is not None,
+                config=self._config_text(),
+                save_every=options.save_every,
             )
             kwargs["callbacks"].append(self.run_folder)
         try:
@@ -171,7 +178,7 @@ class TorchlinCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         resume = self.options().resume
         checkpoint = None
-        if resume is not None:
+        if resume is not None and begun(find_run(resume)):  # otherwise it starts from the beginning
             checkpoint = find_run(resume) / CHECKPOINT
             check_checkpoint(checkpoint, self.model)
         self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -182,7 +189,8 @@ class TorchlinCLI(LightningCLI):
             return  # a dry run (fast_dev_run) writes nothing
         if _size(self.datamodule, "test"):
             self.trainer.test(self.model, self.datamodule, verbose=False)
-        show_run(folder, self.datamodule)
+        if self.trainer.is_global_zero:
+            show_run(folder, self.datamodule)
 
     def validate(self, **kwargs: Any) -> None:
         self._measure("val")
@@ -199,6 +207,8 @@ class TorchlinCLI(LightningCLI):
         self.model.set_head(head)
         measure = self.trainer.validate if split == "val" else self.trainer.test
         (metrics,) = measure(self.model, self.datamodule, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
         same = getattr(self.datamodule, "fingerprint", None) == head.info.get("data", {}).get("fingerprint")
         if split == "test" and same:  # which samples are validation samples depends on options too
             add_metrics(folder, dict(metrics))
@@ -218,7 +228,17 @@ def _import(module: str, name: str) -> None:
 
 
 class _ShortBar(RichProgressBar):
-    """Lightning's progress bar without the speed, so that a line and its metric fit into 80 columns."""
+    """Lightning's progress bar without the speed, so that a line and its metric fit into 80 columns, and drawn at most
+    ten times a second: at every step it would take as long as a tenth of the step."""
+
+    _drawn = 0.0
+
+    def _should_update(self, current: int, total: int | float) -> bool:
+        now = time.monotonic()
+        if current < total and now - self._drawn < 0.1:
+            return False
+        self._drawn = now
+        return True
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         return [c for c in super().configure_columns(trainer) if not isinstance(c, ProcessingSpeedColumn)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.base import ArrayDataModule, Arrays, Resident, SplitName
 from torchlin.data.errors import DataError
 from torchlin.data.images import PixelFormat
 
@@ -40,16 +40,20 @@ class _CIFARDataModule(ArrayDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_fraction: float = 0.1,
+        resident: Resident = "auto",
+        flip: bool = False,
+        crop_padding: int = 0,
     ) -> None:
         """Describe the data; nothing is read yet.
 
         Args:
             root: folder that holds, or will hold, the folder of unpacked files.
             download: fetch the files (170 MB) into `root` if they are not there.
-            batch_size: samples per batch.
+            batch_size: samples per step of the optimizer, over all processes.
             num_workers: processes that load batches; 0 is fastest for data in memory.
-            seed: decides the order of training samples and which of them become validation samples.
+            seed: decides the order of training samples, how they are augmented, and which become validation samples.
             val_fraction: share of the training samples held out for validation, in [0, 1); 0 for none.
+            resident, flip, crop_padding: see `ImageFolderDataModule`.
         """
         super().__init__(
             name=self.source.__name__.lower(),
@@ -60,6 +64,9 @@ class _CIFARDataModule(ArrayDataModule):
             num_workers=num_workers,
             seed=seed,
             val_fraction=val_fraction,
+            resident=resident,
+            flip=flip,
+            crop_padding=crop_padding,
         )
         self.root = Path(root).expanduser()
         self.download = download

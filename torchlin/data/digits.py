@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.base import ArrayDataModule, Arrays, Resident, SplitName
 from torchlin.data.images import PixelFormat
 from torchlin.data.splits import stratified_split
 
@@ -24,13 +24,23 @@ class DigitsDataModule(ArrayDataModule):
     compare. The grey levels 0 … 16 are stored as pixels round(255 v / 16).
 
     Args:
-        batch_size: samples per batch.
+        batch_size: samples per step of the optimizer, over all processes.
         num_workers: processes that load batches; 0 is fastest for data in memory.
-        seed: decides the order of training samples and which of them become validation samples.
+        seed: decides the order of training samples, how they are augmented, and which become validation samples.
         val_fraction: share of the training samples held out for validation, in [0, 1); 0 for none.
+        resident, flip, crop_padding: see `ImageFolderDataModule`.
     """
 
-    def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, val_fraction: float = 0.1) -> None:
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        resident: Resident = "auto",
+        flip: bool = False,
+        crop_padding: int = 0,
+    ) -> None:
         super().__init__(
             name="digits",
             class_names=[str(digit) for digit in range(10)],
@@ -40,6 +50,9 @@ class DigitsDataModule(ArrayDataModule):
             num_workers=num_workers,
             seed=seed,
             val_fraction=val_fraction,
+            resident=resident,
+            flip=flip,
+            crop_padding=crop_padding,
         )
 
     def read_splits(self, splits: Sequence[SplitName]) -> Mapping[SplitName, Arrays]:

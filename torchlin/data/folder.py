@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from torchlin.data.base import SPLITS, ArrayDataModule, Arrays, SplitName, checked_integer
-from torchlin.data.decoding import bad_files_message, decode_good
+from torchlin.data.base import SPLITS, ArrayDataModule, Arrays, Resident, SplitName, checked_integer
+from torchlin.data.decoding import BadFile, bad_files_message
 from torchlin.data.errors import DataError
 from torchlin.data.images import (
     IMAGE_SUFFIXES,
@@ -22,6 +22,7 @@ from torchlin.data.images import (
     scan_images,
 )
 from torchlin.data.store import Loaded, Source, cache_folder, load
+from torchlin.data.streaming import FileImages, check_files
 from torchlin.registry import nearest
 
 OnError = Literal["stop", "skip"]
@@ -53,19 +54,25 @@ class ImageFolderDataModule(ArrayDataModule):
         image_size: resize every image so that its shorter side has this many pixels, then crop it to a square
             around the centre. If left out, all images must have the same size.
         color: "rgb" for three channels or "gray" for one.
-        cache: keep the decoded images on disk and map them into memory. If false they are decoded into memory, at
-            every run anew; the pixels are the same.
+        cache: keep the decoded images on disk and map them into memory. If false, every batch is decoded when it is
+            needed, in every epoch anew, after one pass that looks for files that cannot be read and one for the
+            standardisation; the pixels, and so the results, are the same.
         cache_dir: where to keep them. If left out, the environment variable TORCHLIN_CACHE says so, or else the
             user's cache folder is taken; `python -m torchlin.data.cache` lists and clears it.
         on_error: what to do about files that cannot be read: "stop" before training and list them, or "skip" them,
             with a warning; `skipped_files` then names them.
         max_pixels: images of more pixels than this are refused as files that cannot be read, before they fill the
             memory. If left out, Pillow's own limit, 89 million.
-        batch_size: samples per batch.
-        num_workers: processes that load batches; 0 is fastest for data in memory.
-        seed: decides the order of training samples and which of them become validation samples.
+        batch_size: samples per step of the optimizer, over all processes.
+        num_workers: processes that load batches; 0 is fastest unless `cache` is false.
+        seed: decides the order of training samples, how they are augmented, and which become validation samples.
         val_fraction: share of the training samples held out for validation, in [0, 1), if there is no `val`
             folder; 0 for none.
+        resident: "device" keeps the pixels on the device that trains, so that no batch crosses the bus; "cpu" does not;
+            "auto" does if that device is a GPU and they fill at most half of its free memory.
+        flip: mirror each training image with probability ½.
+        crop_padding: surround each training image with so many black pixels, then cut out a random part of the old
+            size; 0 for none.
 
     Raises:
         DataError: the folder is missing, is no folder or does not hold at least two classes of images; on
@@ -85,7 +92,12 @@ class ImageFolderDataModule(ArrayDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_fraction: float = 0.1,
+        resident: Resident = "auto",
+        flip: bool = False,
+        crop_padding: int = 0,
     ) -> None:
+        if resident == "device" and not cache:
+            raise ValueError("resident='device' needs cache=True: without it no pixels are kept anywhere")
         if color not in get_args(Color):
             raise ValueError(f"color must be 'rgb' or 'gray', got {color!r}")
         if image_size is not None:
@@ -122,6 +134,9 @@ class ImageFolderDataModule(ArrayDataModule):
             num_workers=num_workers,
             seed=seed,
             val_fraction=val_fraction,
+            resident=resident,
+            flip=flip,
+            crop_padding=crop_padding,
         )
 
     @property
@@ -151,8 +166,13 @@ class ImageFolderDataModule(ArrayDataModule):
         if self._cache is not None:
             skip = self._on_error == "skip"
             return load(source, self._format, self._cache, max_pixels=self._max_pixels, skip=skip)
-        pixels, bad = decode_good(source.paths, self._format, self._max_pixels)
-        return Loaded(pixels, source.without(bad), bad)
+        bad = check_files([file.path for file in source.files], self._format, self._max_pixels)
+        return Loaded(self._streamed(source, bad), source.without(bad), bad)
+
+    def _streamed(self, source: Source, bad: Sequence[BadFile]) -> FileImages:
+        left_out = {file.place for file in bad}
+        paths = [file.path for i, file in enumerate(source.files) if i not in left_out]
+        return FileImages(paths, self._format, self._max_pixels)
 
     def _check_classes_left(self, split: SplitName, parts: Loaded) -> None:
         """A split without samples, or a class without training samples, is no longer what was asked for."""

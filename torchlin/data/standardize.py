@@ -12,15 +12,20 @@ from torchlin.heads import Standardization
 Blocks = Callable[[], Iterable[Tensor]]
 
 
+# The squares of so many pixels add up to less than 2²⁴, so in float32 every partial sum is an exact integer.
+_EXACT_ROWS = 256
+
+
 def standardize_pixels(blocks: Blocks) -> Standardization:
-    """Standardisation of uint8 blocks (m, …), m ≤ 33,025, read once; integer sums, so order is free."""
+    """Standardisation of uint8 blocks (m, …), read once; all sums are exact integers, so order is free."""
     n = 0
     total = squares = torch.zeros((), dtype=torch.int64)
     for block in blocks():
-        x = block.flatten(1).to(torch.int32)
-        n += len(x)
-        total = total + x.sum(0, dtype=torch.int32).long()
-        squares = squares + x.mul_(x).sum(0, dtype=torch.int32).long()
+        n += len(block)
+        for rows in block.flatten(1).split(_EXACT_ROWS):
+            x = rows.float()
+            total = total + x.sum(0).long()
+            squares = squares + x.square_().sum(0).long()
     # Around the integer part q of the mean nothing cancels: Σ(x − q)² is an exact integer, Σ(x − q) = r < n.
     q = total // n
     r = total - q * n

@@ -41,6 +41,7 @@ from torch import Tensor
 from torchlin.data.decoding import BadFile, decode_chunks
 from torchlin.data.errors import DataError
 from torchlin.data.images import FoundFile, PixelFormat, decode_image, decoder_versions
+from torchlin.data.loading import Inputs
 
 FORMAT = 1
 CACHE_VARIABLE = "TORCHLIN_CACHE"
@@ -109,12 +110,12 @@ class Loaded(NamedTuple):
     """The pixels of a source.
 
     Attributes:
-        pixels: uint8 (n, C, H, W), in files that are mapped into memory: not to be written to.
+        pixels: uint8 (n, C, H, W), in files that are mapped into memory (not to be written to) or decoded on demand.
         targets: class indices, int64 (n,).
         bad: the files left out. If there are any and they were not to be left out, there are no arrays.
     """
 
-    pixels: Tensor
+    pixels: Inputs
     targets: Tensor
     bad: list[BadFile]
 
@@ -211,7 +212,7 @@ def is_unfinished(name: str) -> bool:
 
 
 def _elsewhere() -> str:
-    return f"choose another folder with cache_dir or {CACHE_VARIABLE}, or decode into memory with cache=False"
+    return f"choose another folder with cache_dir or {CACHE_VARIABLE}, or decode every batch anew with cache=False"
 
 
 def _nothing(pixel_format: PixelFormat, bad: list[BadFile]) -> Loaded:

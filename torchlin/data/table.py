@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchlin.data.base import ArrayDataModule, Arrays, SplitName
+from torchlin.data.base import ArrayDataModule, Arrays, Resident, SplitName
 from torchlin.data.errors import DataError
 from torchlin.data.table_files import Table, read_table
 from torchlin.registry import nearest
@@ -30,10 +30,11 @@ class FeaturesDataModule(ArrayDataModule):
         path: the file to train on.
         target: name of the column or array that holds the class labels (integers or names).
         test_path: a file of the same form to test on; None for no test split.
-        batch_size: samples per batch.
+        batch_size: samples per step of the optimizer, over all processes.
         num_workers: processes that load batches; 0 is fastest for data in memory.
         seed: decides the order of training samples and which of them become validation samples.
         val_fraction: share of the training samples held out for validation, in [0, 1); 0 for none.
+        resident: see `ImageFolderDataModule`.
 
     Attributes:
         feature_names: the feature columns' names in order; None for `.npz` and `.safetensors`.
@@ -52,6 +53,7 @@ class FeaturesDataModule(ArrayDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_fraction: float = 0.1,
+        resident: Resident = "auto",
     ) -> None:
         source = Path(path).expanduser()
         train = read_table(source, target)
@@ -83,6 +85,7 @@ class FeaturesDataModule(ArrayDataModule):
             num_workers=num_workers,
             seed=seed,
             val_fraction=val_fraction,
+            resident=resident,
         )
         self.feature_names = train.feature_names
         self._tables = tables
