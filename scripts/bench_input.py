@@ -7,8 +7,8 @@ FOLDER holds CIFAR-10 as images: train/ and test/ with one folder per class. The
 epochs   One softmax classifier, SGD with lr 0.001 and momentum 0.9, on all training images, in three ways. "stock":
          torchvision's ImageFolder, ToTensor, Normalize, a DataLoader with as many workers as threads, and a
          LightningModule of one's own. "bare": all images as one standardised float32 tensor and a plain loop, without
-         Lightning. "torchlin": LinearClassifier on ImageFolderDataModule. stock and torchlin have Lightning's default
-         progress bar and checkpoints. All start from zero weights; bare and torchlin standardise every pixel, stock
+         Lightning. "torchlin": LinearClassifier on ImageFolderDataModule, with the progress bar and the run folder of
+         `torchlin fit`; stock has Lightning's default progress bar and checkpoints. All start from zero weights; bare and torchlin standardise every pixel, stock
          every channel, which alone makes some tenths of a percentage point in the first epochs. The first epoch
          counts from the construction of the data set: decoding, building torchlin's store in an empty cache folder
          (that of test/ too, which torchlin reads before it trains) and starting workers are in it. "second run" is
@@ -299,7 +299,9 @@ def train_torchlin(
         model = torchlin.LinearClassifier(
             data.in_features, data.num_classes, lr=LR, momentum=MOMENTUM, schedule="constant"
         )
-        fit(model, epochs, clock, datamodule=data)
+        with tempfile.TemporaryDirectory() as work:
+            callbacks = [torchlin.ProgressBar(), torchlin.RunFolder(Path(work) / "run")]
+            fit(model, epochs, clock, callbacks, datamodule=data)
     return asdict(Training(clock.marks, clock.accuracy, (data.sizes["train"], data.in_features), memory.peak))
 
 
@@ -331,7 +333,7 @@ class Clock:
             self.accuracy.append(float(trainer.callback_metrics["train_accuracy"]))
 
 
-def fit(model: Any, epochs: int, clock: Clock, **data: Any) -> None:
+def fit(model: Any, epochs: int, clock: Clock, callbacks: Sequence[Any] = (), **data: Any) -> None:
     """Train as a script of one's own would; what Lightning writes goes into a temporary folder."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import LambdaCallback
@@ -345,7 +347,7 @@ def fit(model: Any, epochs: int, clock: Clock, **data: Any) -> None:
             devices=1,
             logger=False,
             default_root_dir=work,
-            callbacks=[watch],
+            callbacks=[watch, *callbacks],
         )
         trainer.fit(model, **data)
 

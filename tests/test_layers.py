@@ -29,7 +29,7 @@ LAYERS = (
     ("data",),
     ("report", "metrics", "predict"),
     ("folder",),
-    ("classifier", "run"),
+    ("classifier", "run", "progress"),
     ("probe",),
     ("estimators",),
     ("export",),

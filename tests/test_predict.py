@@ -274,7 +274,7 @@ def test_no_more_than_a_batch_is_in_memory(trained: Path, tmp_path: Path, monkey
         return score(images)
 
     monkeypatch.setattr(decoding, "decode_image", counted)
-    monkeypatch.setattr(decoding, "_cores", lambda: 1)
+    monkeypatch.setattr(decoding, "available_cores", lambda: 1)
     monkeypatch.setattr(decoding, "_CHUNK", 4)
     monkeypatch.setattr(head, "forward", seen)
     rows = predict_images(head, [tmp_path], batch_size=30)

@@ -32,11 +32,13 @@ from torchlin.version import __version__
 if TYPE_CHECKING:
     from torchlin import data, report
     from torchlin.classifier import DivergenceError, LinearClassifier
+    from torchlin.progress import ProgressBar
     from torchlin.run import RunFolder
 
 _LAZY = {
     "LinearClassifier": "torchlin.classifier",
     "DivergenceError": "torchlin.classifier",
+    "ProgressBar": "torchlin.progress",
     "RunFolder": "torchlin.run",
 }
 _LAZY_MODULES = ("data", "report")
@@ -57,6 +59,7 @@ __all__ = [
     "Objective",
     "Penalty",
     "PerceptronLoss",
+    "ProgressBar",
     "RunFolder",
     "SoftmaxLoss",
     "SquaredHingeLoss",

@@ -139,7 +139,7 @@ def test_test_stage_decodes_the_test_split_only(grow: Grow, monkeypatch: pytest.
     decode = decoding.decode_image
 
     def spy(path: Path, *rest: object) -> np.ndarray:
-        decoded.append(path)
+        decoded.append(Path(path))
         return decode(path, *rest)
 
     module = ImageFolderDataModule(str(grow({"train/cat": 2, "train/dog": 2, "test/cat": 1})))

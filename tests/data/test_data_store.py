@@ -75,7 +75,7 @@ def decoded(root: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> l
     decode = decoding.decode_image
 
     def spy(path: Path, *rest: object) -> np.ndarray:
-        seen.append(path.relative_to(root).as_posix())
+        seen.append(Path(path).relative_to(root).as_posix())
         return decode(path, *rest)
 
     with monkeypatch.context() as patch:

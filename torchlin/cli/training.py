@@ -6,15 +6,13 @@ import importlib
 import itertools
 import os
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +22,7 @@ from torchlin.cli.configs import find_config
 from torchlin.data import DataError
 from torchlin.folder import CHECKPOINT, CONFIG, add_metrics, begun, check_free, find_run, newest_run
 from torchlin.heads import LinearHead
+from torchlin.progress import ProgressBar
 from torchlin.run import RunFolder, check_checkpoint
 from torchlin.storage import load_head
 
@@ -150,9 +149,9 @@ class TorchlinCLI(LightningCLI):
         callbacks = given["callbacks"] or []
         kwargs["callbacks"] = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if given["enable_progress_bar"] is not False and not any(
-            isinstance(c, ProgressBar) for c in kwargs["callbacks"]
+            isinstance(c, LightningBar) for c in kwargs["callbacks"]
         ):
-            kwargs["callbacks"].append(_ShortBar())
+            kwargs["callbacks"].append(ProgressBar())
         if self.subcommand == "fit":
             if options.run is not None and options.resume is None:
                 check_free(options.run)  # before the data are read, which may take long
@@ -225,23 +224,6 @@ def _import(module: str, name: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{name}: {module} cannot be imported ({error})") from None
-
-
-class _ShortBar(RichProgressBar):
-    """Lightning's progress bar without the speed, so that a line and its metric fit into 80 columns, and drawn at most
-    ten times a second: at every step it would take as long as a tenth of the step."""
-
-    _drawn = 0.0
-
-    def _should_update(self, current: int, total: int | float) -> bool:
-        now = time.monotonic()
-        if current < total and now - self._drawn < 0.1:
-            return False
-        self._drawn = now
-        return True
-
-    def configure_columns(self, trainer: Trainer) -> list[Any]:
-        return [c for c in super().configure_columns(trainer) if not isinstance(c, ProcessingSpeedColumn)]
 
 
 # Errors are raised for `main` to print in one line, and an option is never guessed from its beginning.

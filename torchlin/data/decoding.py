@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,6 +33,10 @@ _CHUNK = 64
 _CHUNK_BYTES = 2**22
 # Chunks for each thread by which is found how many threads are fastest.
 _TRIED = 3
+# Threads together must take less than this share of the time of one, or one is taken: the share varies.
+_TEAM_SHARE = 0.75
+# Seconds of work from which on processes are started: they take a tenth of a second to start and to end.
+_WORTH_FORKING = 0.5
 _PROGRESS_FROM = 2000
 _LISTED = 20
 
@@ -70,8 +79,8 @@ def decode_chunks(
 
     The decoders let go of Python's lock, so threads share the work. Images of a few thousand pixels are the exception:
     handing the lock over costs more than it gains. So the first chunks are decoded by one thread, the next by one per
-    core, and the rest by whoever was faster. Processes would take longer to start than small images take to decode. A
-    progress bar is shown on a terminal when there are many files.
+    core, and the rest by whoever was faster; or, if that is one thread and much is left, by processes where they can be
+    forked. A progress bar is shown on a terminal when there are many files.
 
     Args:
         paths: the files.
@@ -84,67 +93,111 @@ def decode_chunks(
         DataError: an image of another size, the first there is, unless these are bad files.
     """
     size = max(1, min(_CHUNK, _CHUNK_BYTES // math.prod(pixel_format.shape)))
-
-    def decode(start: int) -> Chunk:
-        stop = min(start + size, len(paths))
-        pixels = np.empty((stop - start, *pixel_format.shape), dtype=np.uint8)
-        bad = []
-        for i in range(start, stop):
-            try:
-                image = decode_image(paths[i], pixel_format.color, pixel_format.image_size, max_pixels)
-            except DataError as error:
-                bad.append(BadFile(i, str(error)))
-                continue
-            if image.shape != pixel_format.shape:
-                message = _size_message(paths[i], image, pixel_format)
-                if other_sizes == "raise":
-                    raise DataError(message)
-                bad.append(BadFile(i, message))
-                continue
-            pixels[i - start - len(bad)] = image
-        return Chunk(pixels[: stop - start - len(bad)], bad)
-
+    job = partial(_decode, pixel_format=pixel_format, max_pixels=max_pixels, other_sizes=other_sizes)
+    # Strings, which travel to another process in less time than paths.
+    names = [os.fspath(path) for path in paths]
     console = Console(file=sys.stderr)
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     hidden = len(paths) < _PROGRESS_FROM or not console.is_terminal
-    starts = iter(range(0, len(paths), size))
-    cores = available_cores()
-    alone, team = ThreadPoolExecutor(1), ThreadPoolExecutor(cores)
-
-    def timed(pool: ThreadPoolExecutor, count: int) -> tuple[list[Chunk], float]:
-        """The next `count` chunks, and the seconds for each."""
-        began = time.perf_counter()
-        chunks = list(pool.map(decode, islice(starts, count)))
-        return chunks, (time.perf_counter() - began) / max(1, len(chunks))
-
-    def chosen() -> Generator[Chunk, None, ThreadPoolExecutor]:
-        """The chunks by which the pool is chosen."""
-        if cores == 1:
-            return alone
-        yield from timed(alone, 1)[0]  # the first of all loads what is needed
-        chunks, by_one = timed(alone, _TRIED)
-        yield from chunks
-        chunks, by_all = timed(team, _TRIED * cores)
-        yield from chunks
-        return team if by_all < 0.9 * by_one else alone
-
-    def decoded() -> Generator[Chunk, None, None]:
-        pool = yield from chosen()
-        waiting: deque[Future[Chunk]] = deque(pool.submit(decode, start) for start in islice(starts, 4 * cores))
-        while waiting:
-            chunk = waiting.popleft().result()
-            waiting.extend(pool.submit(decode, start) for start in islice(starts, 1))
+    with (
+        contextlib.closing(_decoded(names, size, job)) as chunks,
+        Progress(*columns, console=console, transient=True, disable=hidden) as progress,
+    ):
+        task = progress.add_task("", total=len(paths))
+        for chunk in chunks:
+            progress.advance(task, len(chunk.pixels) + len(chunk.bad))
             yield chunk
 
+
+def _decode(
+    names: Sequence[str], place: int, pixel_format: PixelFormat, max_pixels: int | None, other_sizes: OtherSizes
+) -> Chunk:
+    """Decode some files, the first of which is number `place`."""
+    pixels = np.empty((len(names), *pixel_format.shape), dtype=np.uint8)
+    bad: list[BadFile] = []
+    for i, name in enumerate(names):
+        try:
+            image = decode_image(name, pixel_format.color, pixel_format.image_size, max_pixels)
+        except DataError as error:
+            bad.append(BadFile(place + i, str(error)))
+            continue
+        if image.shape != pixel_format.shape:
+            message = _size_message(name, image, pixel_format)
+            if other_sizes == "raise":
+                raise DataError(message)
+            bad.append(BadFile(place + i, message))
+            continue
+        pixels[i - len(bad)] = image
+    return Chunk(pixels[: len(names) - len(bad)], bad)
+
+
+def _decoded(
+    names: Sequence[str], size: int, job: Callable[[Sequence[str], int], Chunk]
+) -> Generator[Chunk, None, None]:
+    """The chunks in order, by whoever decodes them fastest."""
+    at = 0
+
+    def jobs(count: int, files: int) -> Iterator[tuple[Sequence[str], int]]:
+        """The next `count` jobs of so many files."""
+        nonlocal at
+        for start in range(at, min(at + count * files, len(names)), files):
+            at = start + files
+            yield names[start : start + files], start
+
+    def timed(pool: Executor, count: int) -> tuple[list[Chunk], float]:
+        """The next chunks, and the seconds for each."""
+        began = time.perf_counter()
+        chunks = [future.result() for future in [pool.submit(job, *of) for of in jobs(count, size)]]
+        return chunks, (time.perf_counter() - began) / max(1, len(chunks))
+
+    cores = available_cores()
+    with contextlib.ExitStack() as stack:
+        pool: Executor = stack.enter_context(_cancelled(ThreadPoolExecutor(1)))
+        if cores > 1:
+            yield from timed(pool, 1)[0]  # the first of all loads what is needed
+            chunks, by_one = timed(pool, _TRIED)
+            yield from chunks
+            team = stack.enter_context(_cancelled(ThreadPoolExecutor(cores)))
+            chunks, by_all = timed(team, _TRIED * cores)
+            yield from chunks
+            if by_all < _TEAM_SHARE * by_one:
+                pool = team
+            elif by_one * (len(names) - at) / size > _WORTH_FORKING and can_fork():
+                pool = stack.enter_context(_cancelled(_forked(cores)))
+                size *= 4
+        waiting = deque(pool.submit(job, *of) for of in jobs(4 * cores, size))
+        while waiting:
+            chunk = waiting.popleft().result()
+            waiting.extend(pool.submit(job, *of) for of in jobs(1, size))
+            yield chunk
+
+
+@contextlib.contextmanager
+def _cancelled(pool: Executor) -> Iterator[Executor]:
+    """A pool that, on leaving, does not do what nobody waits for any more."""
     try:
-        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-            task = progress.add_task("", total=len(paths))
-            for chunk in decoded():
-                progress.advance(task, len(chunk.pixels) + len(chunk.bad))
-                yield chunk
+        yield pool
     finally:
-        for pool in (alone, team):
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def can_fork() -> bool:
+    """Whether this process may have forked children: Linux, as for the workers of a `DataLoader`."""
+    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+
+
+def _forked(count: int) -> Executor:
+    # Python warns of forks beside threads, whose locks stay as they are in the child; ours takes none of them.
+    warnings.filterwarnings("ignore", message=r".*use of fork\(\) may lead to deadlocks", category=DeprecationWarning)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin_child)
+
+
+def _begin_child() -> None:
+    """Leave Ctrl-C to the parent, die with it, and start no threads: OpenMP's do not survive a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    die_with_parent = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
 
 
 def decode_good(
