@@ -144,10 +144,13 @@ def _decoded(
             at = start + files
             yield names[start : start + files], start
 
+    # Small, because one thread decodes some of them while the other cores wait.
+    trial = -(-size // 4)
+
     def timed(pool: Executor, count: int) -> tuple[list[Chunk], float]:
         """The next chunks, and the seconds for each."""
         began = time.perf_counter()
-        chunks = [future.result() for future in [pool.submit(job, *of) for of in jobs(count, size)]]
+        chunks = [future.result() for future in [pool.submit(job, *of) for of in jobs(count, trial)]]
         return chunks, (time.perf_counter() - began) / max(1, len(chunks))
 
     cores = available_cores()
@@ -162,7 +165,7 @@ def _decoded(
             yield from chunks
             if by_all < _TEAM_SHARE * by_one:
                 pool = team
-            elif by_one * (len(names) - at) / size > _WORTH_FORKING and can_fork():
+            elif by_one * (len(names) - at) / trial > _WORTH_FORKING and can_fork():
                 pool = stack.enter_context(_cancelled(_forked(cores)))
                 size *= 4
         waiting = deque(pool.submit(job, *of) for of in jobs(4 * cores, size))
