@@ -9,6 +9,7 @@ and backward only multiplies by the upstream number. Nothing the size of a batch
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch.nn import functional as F
 
 from torchlin.autograd import masked
 from torchlin.heads import StandardizedHead, without_autocast
-from torchlin.loss import Loss, Total, tracing
+from torchlin.loss import Encoded, Loss, Total, tracing
 
 # MKL multiplies W Xᵀ in half the time of X Wᵀ if X has at most so many rows, and in twice the time if more.
 _FEW_ROWS = 128
+# So many numbers are multiplied at a time, 8 MiB as float32.
+_BLOCK_NUMBERS = 2**21
 
 
 def total_and_scores(
@@ -34,12 +37,53 @@ def total_and_scores(
     if not plain or head.bias is None or x.requires_grad or tracing():
         scores = head(x)
         return loss.total(scores, target, all_count=all_count), scores.detach()
-    rows, mean, std = head.coordinates(x)
+    size = max(1, _BLOCK_NUMBERS // head.in_features)
+    blocks = _Blocks(head, x.split(size) if len(x) > size else [x])
     with without_autocast(x.device.type):
-        scores = _scores(rows, head.weight.detach(), head.bias.detach(), mean, std)
+        scores = blocks.scores()
         encoded, weight, counting = loss.prepare(scores, target, all_count=all_count)
-        summed: Tensor = _Sum.apply(head.weight, head.bias, scores, rows, mean, std, encoded, loss)
+        summed: Tensor = _Sum.apply(head.weight, head.bias, scores, blocks, encoded, loss)
     return Total(summed, weight, counting), scores
+
+
+class _Blocks:
+    """A batch in blocks of rows, each of which takes a few megabytes as floating point; wide images take gigabytes."""
+
+    def __init__(self, head: StandardizedHead, inputs: Sequence[Tensor]) -> None:
+        self.head = head
+        self.inputs = inputs
+        # A single block is used twice; of several, each is converted twice, which takes less time than it seems: they
+        # stay in the cache.
+        self.kept = head.coordinates(inputs[0]) if len(inputs) == 1 else None
+        self.half = torch.is_autocast_enabled(inputs[0].device.type)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(r, m, s) of each block, see `StandardizedHead.coordinates`."""
+        if self.kept is not None:
+            yield self.kept
+            return
+        for x in self.inputs:
+            with torch.autocast(x.device.type, enabled=self.half):
+                rows = self.head.coordinates(x)
+            yield rows
+
+    def scores(self) -> Tensor:
+        """Z, (n, k)."""
+        weight, bias = self.head.weight.detach(), self.head.bias.detach()
+        scores = [_scores(rows, weight, bias, mean, std) for rows, mean, std in self]
+        return scores[0] if len(scores) == 1 else torch.cat(scores)
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gᵀ X̃ (k, p) and Σ g_i (k,), for G (n, k)."""
+        in_bias = gradient.sum(0)
+        total = torch.zeros((), dtype=in_bias.dtype, device=in_bias.device)
+        start = 0
+        for block in self:
+            rows, mean, std = block
+            part = (gradient[start : start + len(rows)].to(rows.dtype).t() @ rows).to(in_bias.dtype)
+            total = part if start == 0 else total.add_(part)
+            start += len(rows)
+        return total.addr_(in_bias, mean, alpha=-1).div_(std), in_bias
 
 
 def _scores(rows: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -57,27 +101,16 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        bias: Tensor,
-        scores: Tensor,
-        rows: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        encoded: Any,
-        loss: Loss,
+        ctx: Any, weight: Tensor, bias: Tensor, scores: Tensor, blocks: _Blocks, encoded: Encoded, loss: Loss
     ) -> Tensor:
         target, coefficient, _ = encoded
         values, gradient = loss.value_and_gradient(scores, target)
         if coefficient is not None:
             values = masked(values * coefficient, coefficient)
             gradient = masked(gradient.mul_(coefficient.unsqueeze(1)), coefficient)
-        in_bias = gradient.sum(0)
-        product = gradient.to(rows.dtype).t() @ rows
-        ctx.in_weight = torch.addr(product.to(in_bias.dtype), in_bias, mean, alpha=-1).div_(std)
-        ctx.in_bias = in_bias
+        ctx.in_weight, ctx.in_bias = blocks.gradients(gradient)
         return values.sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.in_weight * upstream, ctx.in_bias * upstream, None, None, None, None, None, None
+        return ctx.in_weight * upstream, ctx.in_bias * upstream, None, None, None, None
