@@ -124,7 +124,9 @@ class LinearClassifier(LightningModule):
         self._all_count = False  # whether no training label is to be ignored
         self._penalized: torch.optim.Optimizer | None = None
         self._resumed: dict[str, Any] = {}  # what a checkpoint says that can be used no sooner than at the start
-        self._recent: list[Tensor] = []  # the losses of the training steps that nobody has looked at yet
+        # The losses of the training steps that nobody has looked at yet; one tensor, see `StageMetrics`.
+        self._recent = torch.empty(_CHECK_EVERY)
+        self._unseen = 0
         self._mean_weight: float | None = None  # Σ w_y / n over the training data, where its class counts are known
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -209,7 +211,7 @@ class LinearClassifier(LightningModule):
         self._checked, self._all_count = set(), False
         if stage != "fit":
             return
-        self._recent = []
+        self._unseen = 0
         self._mean_weight = None  # that of the data of an earlier fit would weigh these wrongly
         data = self._data()
         standardization = getattr(data, "standardization", None)
@@ -319,6 +321,7 @@ class LinearClassifier(LightningModule):
         return rate
 
     def on_train_start(self) -> None:
+        self._recent = torch.empty(_CHECK_EVERY, device=self.device)
         # No sooner: setting up the optimizer asks for the loader before Lightning knows where the run is to go on.
         resumed, self._resumed = self._resumed, {}
         loader = self.trainer.train_dataloader
@@ -351,7 +354,10 @@ class LinearClassifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self._attach_penalty()
         total, _ = self._step(batch, "train")
-        self._recent.append(total.loss.detach())
+        if self._unseen == len(self._recent):
+            self._check_finite()
+        self._recent[self._unseen] = total.loss.detach()
+        self._unseen += 1
         weight: Tensor | float = total.weight
         if self.loss.weight is not None and self._mean_weight is not None:
             # F divides by the Σ w_y of the whole data, and only with its mean do the steps of an epoch add up to the
@@ -410,17 +416,17 @@ class LinearClassifier(LightningModule):
 
     def _check_finite(self) -> None:
         """Look at the losses since the last look, and at the weights."""
-        losses, self._recent = self._recent, []
-        if not losses:
+        unseen, self._unseen = self._unseen, 0
+        if not unseen:
             return
-        finite = torch.stack(losses).isfinite()
+        finite = self._recent[:unseen].isfinite()
         sound = finite.all() & self._head.weight.detach().sum().isfinite()
         if self.trainer.world_size > 1:  # all stop, or none
             torch.distributed.all_reduce(sound := sound.float(), torch.distributed.ReduceOp.MIN)
         if bool(sound):
             return
-        first = int((~finite).float().argmax()) if not bool(finite.all()) else len(losses)
-        ago = math.ceil((len(losses) - first) / self.trainer.accumulate_grad_batches)
+        first = int((~finite).float().argmax()) if not bool(finite.all()) else unseen
+        ago = math.ceil((unseen - first) / self.trainer.accumulate_grad_batches)
         group = self.trainer.optimizers[0].param_groups[0]
         rate = group.get("initial_lr", group["lr"])  # what was asked for, before a schedule lowered it
         raise DivergenceError(

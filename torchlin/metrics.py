@@ -8,8 +8,8 @@ from torchmetrics import Metric
 
 from torchlin.loss import Total
 
-# Batches that are held before they are counted together: counting then costs next to nothing per batch, and the labels
-# of so many batches are small beside the inputs of one.
+# Batches whose labels are held before they are counted together: counting then costs next to nothing per batch, and the
+# labels of so many batches are small beside the inputs of one.
 _HELD = 64
 
 
@@ -38,23 +38,32 @@ class StageMetrics(Metric):
         self.add_state("correct", torch.zeros(num_classes, dtype=torch.long), "sum")
         self.add_state("support", torch.zeros(num_classes, dtype=torch.long), "sum")
         self.ignore_index = ignore_index
-        self._held: list[tuple[Tensor, Tensor]] = []
+        # Predicted and true classes that are not counted yet, (2, room). One tensor for all: small ones that stay
+        # behind, batch after batch, in the gaps where the last batch was would keep the next from fitting there.
+        self._held = torch.empty((2, 0), dtype=torch.long)
+        self._filled = 0
 
     def add(self, predicted: Tensor, target: Tensor, total: Total) -> None:
         """Take in one batch: predicted and true classes (n,), and its loss."""
         # One by one, so that the sum does not depend on when somebody asks for the counters.
         self.loss_sum.add_(total.loss.detach())
         self.weight_sum.add_(total.weight)
-        self._held.append((predicted, target))
-        if len(self._held) == _HELD:
+        start, stop = self._filled, self._filled + len(target)
+        if stop > self._held.shape[1]:
             self.count()
+            start, stop = 0, len(target)
+            if stop > self._held.shape[1] or self._held.device != target.device:
+                self._held = torch.empty((2, _HELD * stop), dtype=torch.long, device=target.device)
+        self._held[0, start:stop] = predicted
+        self._held[1, start:stop] = target
+        self._filled = stop
 
     def count(self) -> None:
         """Bring the counters up to date with the batches taken in."""
-        if self._held:
-            predicted, target = zip(*self._held, strict=True)
-            self._held = []
-            self.update(torch.cat(predicted), torch.cat(target))
+        if self._filled:
+            predicted, target = self._held[:, : self._filled]
+            self._filled = 0
+            self.update(predicted, target)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Count samples: predicted and true classes (n,)."""
@@ -91,5 +100,5 @@ class StageMetrics(Metric):
                 setattr(self, name, counter.to(getattr(self, name)))
 
     def reset(self) -> None:
-        self._held = []
+        self._filled = 0
         super().reset()
