@@ -8,8 +8,9 @@ epochs   One softmax classifier, SGD with lr 0.001 and momentum 0.9, on all trai
          torchvision's ImageFolder, ToTensor, Normalize, a DataLoader with as many workers as threads, and a
          LightningModule of one's own. "bare": all images as one standardised float32 tensor and a plain loop, without
          Lightning. "torchlin": LinearClassifier on ImageFolderDataModule, with the progress bar and the run folder of
-         `torchlin fit`; stock has Lightning's default progress bar and checkpoints. All start from zero weights; bare and torchlin standardise every pixel, stock
-         every channel, which alone makes some tenths of a percentage point in the first epochs. The first epoch
+         `torchlin fit`; stock has Lightning's default progress bar and checkpoints. All start from zero weights; bare
+         and torchlin standardise every pixel, stock every channel, which alone makes some tenths of a percentage point
+         in the first epochs. The first epoch
          counts from the construction of the data set: decoding, building torchlin's store in an empty cache folder
          (that of test/ too, which torchlin reads before it trains) and starting workers are in it. "second run" is
          torchlin in a new process that finds the store. Memory is the peak of RssAnon, pages of the process that no

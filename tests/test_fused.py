@@ -63,6 +63,22 @@ def test_total_scores_and_gradients(cls: type[Loss], options: dict[str, object],
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("cls", LOSSES)
+def test_several_blocks_are_as_one(cls: type[Loss], half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, loss = head_for(cls, torch.float32 if half else torch.float64), cls()
+    x, y = batch_for(cls, 50, pixels=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        whole, scores = total_and_scores(head, x, y, loss)
+        monkeypatch.setattr("torchlin.fused._BLOCK_NUMBERS", 12 * 7)
+        parts, same = total_and_scores(head, x, y, loss)
+    # The sums of half-precision products are rounded block by block.
+    rounding = 2e-2 if half else 1e-12
+    torch.testing.assert_close(same, scores, rtol=0, atol=rounding * float(scores.abs().max()))
+    for ours, theirs in zip(gradients(head, parts.loss), gradients(head, whole.loss), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("cls", LOSSES)
 def test_gradients_by_differences(cls: type[Loss]) -> None:
     head, loss = head_for(cls), cls()

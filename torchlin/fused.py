@@ -22,8 +22,8 @@ from torchlin.loss import Encoded, Loss, Total, tracing
 
 # MKL multiplies W Xᵀ in half the time of X Wᵀ if X has at most so many rows, and in twice the time if more.
 _FEW_ROWS = 128
-# So many numbers are multiplied at a time, 8 MiB as float32.
-_BLOCK_NUMBERS = 2**21
+# So many numbers are multiplied at a time, 32 MiB as float32.
+_BLOCK_NUMBERS = 2**23
 
 
 def total_and_scores(
@@ -47,7 +47,7 @@ def total_and_scores(
 
 
 class _Blocks:
-    """A batch in blocks of rows, each of which takes a few megabytes as floating point; wide images take gigabytes."""
+    """A batch in blocks of rows: as floating point, a whole batch of wide images takes hundreds of megabytes."""
 
     def __init__(self, head: StandardizedHead, inputs: Sequence[Tensor]) -> None:
         self.head = head
