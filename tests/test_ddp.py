@@ -220,7 +220,7 @@ class Poison(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2 and trainer.global_rank == 1:
-            pl_module._recent.append(torch.tensor(float("inf")))
+            pl_module._recent[pl_module._unseen - 1] = float("inf")
 
 
 def diverge(folder: str, spoiled: bool, options: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ class ProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._due() or trainer.is_last_batch:
+        if not self.is_disabled and (self._due() or trainer.is_last_batch):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_batch_end(
@@ -37,6 +37,8 @@ class ProgressBar(RichProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if self.is_disabled:  # in other processes than the first
+            return
         last = batch_idx + 1 == self.total_val_batches_current_dataloader
         if self._due() or last or trainer.sanity_checking:
             super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
@@ -50,6 +52,8 @@ class ProgressBar(RichProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if self.is_disabled:
+            return
         if self._due() or batch_idx + 1 == self.total_test_batches_current_dataloader:
             super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
