@@ -27,7 +27,7 @@ LAYERS = (
     ("objective",),
     ("solvers",),
     ("data",),
-    ("report", "metrics", "predict"),
+    ("report", "report_path", "metrics", "predict"),
     ("folder",),
     ("classifier", "run", "progress"),
     ("probe",),

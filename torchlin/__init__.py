@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchlin import functional
+from torchlin.features import FeatureMatrix
 from torchlin.heads import LinearHead, Standardization, absorb_bias, append_one, split_bias
 from torchlin.losses import (
     LOSSES,
@@ -25,12 +26,21 @@ from torchlin.objective import Objective
 from torchlin.optim import apply_penalty
 from torchlin.penalties import L1, L2, PENALTIES, ElasticNet, Penalty
 from torchlin.registry import nearest
-from torchlin.solvers import gradient_descent
+from torchlin.solvers import (
+    Certificate,
+    NotConvergedError,
+    PathResult,
+    Solution,
+    certify,
+    gradient_descent,
+    solve,
+    solve_path,
+)
 from torchlin.storage import load_head, save_head
 from torchlin.version import __version__
 
 if TYPE_CHECKING:
-    from torchlin import data, report
+    from torchlin import data, estimators, report
     from torchlin.classifier import DivergenceError, LinearClassifier
     from torchlin.progress import ProgressBar
     from torchlin.run import RunFolder
@@ -41,39 +51,48 @@ _LAZY = {
     "ProgressBar": "torchlin.progress",
     "RunFolder": "torchlin.run",
 }
-_LAZY_MODULES = ("data", "report")
+_LAZY_MODULES = ("data", "estimators", "report")
 
 __all__ = [
     "L1",
     "L2",
     "LOSSES",
     "PENALTIES",
+    "Certificate",
     "CrammerSingerLoss",
     "DivergenceError",
     "ElasticNet",
+    "FeatureMatrix",
     "HingeLoss",
     "LinearClassifier",
     "LinearHead",
     "LogisticLoss",
     "Loss",
+    "NotConvergedError",
     "Objective",
+    "PathResult",
     "Penalty",
     "PerceptronLoss",
     "ProgressBar",
     "RunFolder",
     "SoftmaxLoss",
+    "Solution",
     "SquaredHingeLoss",
     "Standardization",
     "__version__",
     "absorb_bias",
     "append_one",
     "apply_penalty",
+    "certify",
     "data",
+    "estimators",
     "functional",
     "gradient_descent",
     "load_head",
     "report",
     "save_head",
+    "solve",
+    "solve_path",
     "split_bias",
 ]
 

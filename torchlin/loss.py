@@ -145,6 +145,16 @@ class Loss(nn.Module):
         """The class that the scores (n, outputs) speak for, (n,): the one with the largest."""
         return scores.argmax(-1)
 
+    def sample_weights(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """w_y of each sample, 0 where it is ignored, and whether it counts: two tensors (n,).
+
+        The sum of the first is the N of a mean.
+        """
+        counts = target != self.ignore_index
+        if self.weight is None:
+            return counts.float(), counts
+        return self.weight[torch.where(counts, target.long(), 0)] * counts, counts
+
     def smoothness(self, num_classes: int) -> float | None:
         """Lipschitz constant of ∂L/∂z in the Euclidean norm; None where the gradient jumps."""
         return None

@@ -50,6 +50,14 @@ class _MarginLoss(Loss):
             raise ValueError(f"margin is a positive number, got {margin}")
         self.margin = float(margin)
 
+    def project_rivals(self, rivals: Tensor) -> Tensor:
+        """The nearest dual-feasible rivals, row by row and in place, (n, k).
+
+        L(z) = max over feasible q ≥ 0 of Σ q_j (d_j + Δ), column y of q being 0 (−∞ in the argument): the set is
+        q ≤ 1 for the hinge loss and Σ q ≤ 1 for that of Crammer and Singer.
+        """
+        raise NotImplementedError(f"the {self.name} loss is smooth: its dual set has no bound to project on")
+
 
 class PerceptronLoss(Loss):
     """Multiclass perceptron loss: every rival that is not beaten adds its lead.
@@ -111,6 +119,9 @@ class HingeLoss(_MarginLoss):
         # q_j = g_j for the rivals, and g_y = −Σ q_j.
         return -self.margin * score_gradient.gather(1, target.unsqueeze(1)).squeeze(1)
 
+    def project_rivals(self, rivals: Tensor) -> Tensor:
+        return rivals.clamp_(0, 1)
+
 
 class CrammerSingerLoss(_MarginLoss):
     """Multiclass hinge loss in the form of Crammer and Singer: only the worst rival counts.
@@ -142,6 +153,21 @@ class CrammerSingerLoss(_MarginLoss):
 
     def dual(self, score_gradient: Tensor, target: Tensor) -> Tensor:
         return -self.margin * score_gradient.gather(1, target.unsqueeze(1)).squeeze(1)
+
+    def project_rivals(self, rivals: Tensor) -> Tensor:
+        # Where Σ max(0, q) > 1: subtract the t with Σ max(0, q − t) = 1. That sum is convex and falls with t, so
+        # Newton's method from a t that is too small, the largest entry minus 1, only ever goes up, and ends after at
+        # most k steps, when no more entries become 0 (Michelot, J. Optim. Theory Appl. 50, 1986).
+        level = rivals.amax(1, keepdim=True).sub_(1).clamp_(min=0)
+        count = torch.zeros_like(level)
+        while True:
+            excess = torch.sub(rivals, level).clamp_(min=0)
+            total = excess.sum(1, keepdim=True)
+            now = excess.sign_().sum(1, keepdim=True)
+            if torch.equal(now, count):
+                return rivals.sub_(level).clamp_(min=0)
+            count = now
+            level.add_(total.sub_(1).div_(count.clamp(min=1)).clamp_(min=0))
 
 
 class SquaredHingeLoss(_MarginLoss):
@@ -238,9 +264,17 @@ class SoftmaxLoss(Loss):
     def value_and_gradient(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if target.dim() == 2:
             return super().value_and_gradient(scores, target)
-        log_p, own = torch.log_softmax(scores, 1), target.unsqueeze(1)
-        value = -log_p.gather(1, own).squeeze(1)
-        return value, log_p.exp_().scatter_add_(1, own, log_p.new_full(own.shape, -1.0))
+        if scores.is_contiguous():
+            log_p, own = torch.log_softmax(scores, 1), target.unsqueeze(1)
+            value = -log_p.gather(1, own).squeeze(1)
+            return value, log_p.exp_().scatter_add_(1, own, log_p.new_full(own.shape, -1.0))
+        # Class after class, as full-batch solvers hold them: sums over classes then add whole rows of samples.
+        own, shifted = target.unsqueeze(0), scores.T - scores.amax(1)
+        of_target = shifted.gather(0, own).squeeze(0)
+        p = shifted.exp_()
+        total = p.sum(0)
+        p.div_(total).scatter_add_(0, own, p.new_full((1, len(target)), -1.0))
+        return total.log_().sub_(of_target), p.T
 
     def hessian_product(self, scores: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         p = torch.softmax(scores, 1)

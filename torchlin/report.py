@@ -25,6 +25,8 @@ from torch import Tensor
 
 from torchlin.heads import LinearHead, StandardizedHead
 from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.report_path import plot_gap as plot_gap
+from torchlin.report_path import plot_path as plot_path
 from torchlin.storage import replace_file
 
 MAX_TEMPLATES = 100

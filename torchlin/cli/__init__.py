@@ -1,4 +1,4 @@
-"""The command line: `torchlin fit | validate | test | predict`."""
+"""The command line: `torchlin fit | solve | validate | test | predict`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Train and use linear classifiers.
   torchlin fit --config cifar10-softmax --data.root PHOTOS
                                                 train on a folder with one folder of images per class
   torchlin fit --resume RUN                     go on where an interrupted run stopped
+  torchlin solve [--path]                       minimise the same objective to a certified optimum; choose its penalty
   torchlin validate | test [--run RUN]          measure a run (default: the newest under runs/)
   torchlin predict [--run RUN] IMAGES...        label image files, or all images of a folder, into a CSV
   torchlin COMMAND --help                       all options of a command
@@ -28,7 +29,7 @@ Train and use linear classifiers.
 Configurations by name (--config NAME): {configs}
 A run is a folder: head.safetensors, head.json, config.yaml, metrics.csv, checkpoint.ckpt and pictures.
 """
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "solve", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +77,10 @@ def _loaded(command: str) -> Callable[[list[str]], None]:
 
     for name in messages.DATA_CLASSES:
         getattr(data, name)  # once loaded, jsonargparse knows it by its name alone
+    if command == "solve":
+        from torchlin.cli.solve import solve_run
+
+        return solve_run
     return partial(train_or_measure, command)
 
 

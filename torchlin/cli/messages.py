@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 DATA_CLASSES = [name for name in data.__all__ if name.endswith("DataModule") and name != "ArrayDataModule"]
 
 # The commands that load Lightning, which takes seconds: what is imported inside a function here is for these alone.
-_TRAINING = ("fit", "validate", "test")
+_TRAINING = ("fit", "solve", "validate", "test")
 _METAVARS = {"root": "FOLDER", "path": "FILE"}
 
 
@@ -122,6 +122,9 @@ def _known_options(command: str) -> list[str]:
     model = [f"model.{name}" for name in inspect.signature(LinearClassifier).parameters]
     trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
     data = ["data", "data.root", "data.path", "data.batch_size", "data.num_workers", "data.seed", "data.val_fraction"]
+    solver = ["path", "num", "ratio", "folds", "criterion", "tol", "max_passes", "device"]
+    if command == "solve":
+        return [*solver, *model, *trainer, *data, "run", "config", "seed_everything"]
     return [*model, *trainer, *data, "run", "resume", "save_every", "config", "seed_everything"]
 
 

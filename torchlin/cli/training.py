@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchlin.classifier import LinearClassifier
+from torchlin.cli.certificates import certificate_line
 from torchlin.cli.configs import find_config
 from torchlin.data import DataError
 from torchlin.folder import CHECKPOINT, CONFIG, add_metrics, begun, check_free, find_run, newest_run
@@ -34,6 +35,11 @@ _DATA_BY_OPTION = {"--data.root": "ImageFolderDataModule", "--data.path": "Featu
 
 def train_or_measure(command: str, rest: list[str]) -> None:
     """`torchlin fit | validate | test` with the arguments `rest`."""
+    TorchlinCLI([command, *completed(command, rest)])
+
+
+def completed(command: str, rest: list[str]) -> list[str]:
+    """The arguments of a command with the run, the data and the files that they leave out or name."""
     rest = _named_configs(rest)
     run = None
     if not {"-h", "--help"} & set(rest):
@@ -41,7 +47,7 @@ def train_or_measure(command: str, rest: list[str]) -> None:
             named = _values(rest, "--run")
             run = find_run(named[-1]) if named else newest_run()
             rest = [*rest, "--run", str(run)]
-        elif resumed := _values(rest, "--resume"):
+        elif command == "fit" and (resumed := _values(rest, "--resume")):
             run = find_run(resumed[-1])
     if run is not None:
         if not (run / CONFIG).is_file():
@@ -54,7 +60,7 @@ def train_or_measure(command: str, rest: list[str]) -> None:
         if run is not None and guess is None:
             raise ValueError(f"{run}: its {CONFIG} names no data, as a script made it: name them with --data")
         rest = [*(["--data", guess] if guess else []), *rest]
-    TorchlinCLI([command, *rest])
+    return rest
 
 
 def _names_data(config: str) -> bool:
@@ -90,10 +96,11 @@ def _values(arguments: list[str], *options: str) -> list[str]:
 class TorchlinCLI(LightningCLI):
     """LightningCLI with a run folder: num_classes and in_features come from the data, the default data are digits."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], trainer_class: type[Trainer] = Trainer) -> None:
         super().__init__(
             LinearClassifier,
             LightningDataModule,
+            trainer_class=trainer_class,
             subclass_mode_data=True,
             save_config_callback=None,  # the run folder keeps config.yaml
             seed_everything_default=0,
@@ -103,8 +110,8 @@ class TorchlinCLI(LightningCLI):
             parser_kwargs={
                 **_STRICT,
                 **{
-                    name: {"description": text, "usage": f"torchlin {name} [OPTIONS]", **_STRICT}
-                    for name, text in _DESCRIPTIONS.items()
+                    name: {"description": _DESCRIPTIONS[name], "usage": f"torchlin {name} [OPTIONS]", **_STRICT}
+                    for name in self.subcommands()
                 },
             },
         )
@@ -217,6 +224,8 @@ class TorchlinCLI(LightningCLI):
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4f}")
         Console().print(table)
+        if split == "test" and same and (line := certificate_line(folder, head, self.datamodule)):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def _import(module: str, name: str) -> None:
@@ -238,6 +247,9 @@ _DESCRIPTIONS = {
     "--trainer.max_epochs 20, --run FOLDER.",
     "validate": "Measure a run on its validation split.",
     "test": "Measure a run on its test split.",
+    "solve": "Minimise fit's objective to a certified optimum, without a learning rate. The options most used: "
+    "--data.root FOLDER, --model.loss hinge, --model.penalty '{name: l2, strength: 0.001}', --path (choose the "
+    "strength on the validation split), --tol 1e-6, --run FOLDER.",
 }
 
 
@@ -259,7 +271,7 @@ def _size(data: LightningDataModule, split: str) -> int:
     return 1 if sizes is None else int(sizes[split])
 
 
-def show_run(folder: Path, data: LightningDataModule) -> None:
+def show_run(folder: Path, data: LightningDataModule, train_note: str = "mean over the last epoch") -> None:
     """Print what a run reached, where it is, and what to do next."""
     info = load_head(folder).info
     metrics = info["metrics"]
@@ -274,7 +286,7 @@ def show_run(folder: Path, data: LightningDataModule) -> None:
             table.add_row(label, size, "none", "none")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"train: mean over the last epoch; nonzero weights: {metrics.get('nonzero', 1):.1%}")
+    console.print(f"train: {train_note}; nonzero weights: {metrics.get('nonzero', 1):.1%}")
     files = sorted(path.name for path in folder.iterdir())
     console.print(f"written to {folder}{os.sep}: {', '.join(files)}", markup=False)
     images = info["input"]["kind"] == "pixels"
