@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -14,11 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from training import quiet_trainer, write_photos
 
 from torchlin import LinearClassifier, RunFolder
 from torchlin.cli import main
 from torchlin.data import DataError, ImageFolderDataModule, streaming
+from torchlin.data.decoding import can_fork
 from torchlin.data.images import PixelFormat
 from torchlin.data.loading import ArrayDataset
 from torchlin.data.streaming import FileImages, check_files
@@ -52,6 +55,22 @@ def test_streamed_or_cached_the_weights_are_the_same(photos: Path, options: dict
         assert torch.equal(streamed.state_dict()[name], parameter), name
     assert metrics == expected
     assert float(cached.to_head().weight.abs().max()) > 0
+
+
+@pytest.mark.skipif(not can_fork(), reason="no forked processes here")
+def test_a_forked_process_does_not_wait_for_the_threads_of_its_parent(photos: Path) -> None:
+    images, expected = pixels_of(photos)
+    images._threads = 2
+    images.index_select(0, torch.arange(4))  # starts the threads
+    loader = DataLoader(ArrayDataset(images, torch.zeros(55)), batch_size=11, num_workers=1, timeout=60)
+    assert torch.equal(torch.cat([x for x, _ in loader]), expected)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=lambda: results.put(images.index_select(0, torch.arange(9)).numpy()), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert torch.equal(torch.from_numpy(results.get()), expected[:9])
 
 
 def pixels_of(photos: Path) -> tuple[FileImages, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from torchlin.data.decoding import BadFile, available_cores, decode_chunks, decode_files
 from torchlin.data.errors import DataError
@@ -41,6 +43,7 @@ class FileImages:
         self.max_pixels = max_pixels
         self.shape = torch.Size((len(paths), *pixel_format.shape))
         self._pool: ThreadPoolExecutor | None = None
+        self._pool_of = 0  # the process whose threads these are
         self._threads = 0  # not known yet
 
     def index_select(self, dim: int, index: Tensor, /) -> Tensor:
@@ -58,16 +61,24 @@ class FileImages:
             seconds = statistics.median(self._seconds(path) for path in chosen[:_TRIED]) if chosen else 0
             self._threads = 1 if seconds < _QUICK else available_cores()
 
+        # The workers of a DataLoader share the cores already.
+        threads = 1 if get_worker_info() is not None else self._threads
+
         def decode(first: int) -> None:
-            for i in range(first, len(chosen), self._threads):
+            for i in range(first, len(chosen), threads):
                 out[i] = self._decode(chosen[i])
 
-        if self._threads == 1:
+        if threads == 1:
             decode(0)
         else:
-            self._pool = self._pool or ThreadPoolExecutor(self._threads)
-            list(self._pool.map(decode, range(self._threads)))
+            list(self._own_pool(threads).map(decode, range(threads)))
         return images
+
+    def _own_pool(self, threads: int) -> ThreadPoolExecutor:
+        # A forked process has the pool of its parent, but not the threads: waiting for those never ends.
+        if self._pool is None or self._pool_of != os.getpid():
+            self._pool, self._pool_of = ThreadPoolExecutor(threads), os.getpid()
+        return self._pool
 
     def _seconds(self, path: str) -> float:
         began = time.perf_counter()
