@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from commands import Result, Run
 
 torch.set_num_threads(1)
 
@@ -30,3 +32,19 @@ def _ctrl_c() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in an empty folder."""
+    from torchlin.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        code = main([str(word) for word in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call

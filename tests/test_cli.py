@@ -8,15 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from commands import Result, Run, refused
 from training import RUN_FILES, Raise, write_photos, write_table
 
 import torchlin
@@ -27,28 +28,7 @@ from torchlin.cli.configs import config_names
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 FEW = ["--trainer.max_epochs=2"]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: str | Path) -> Result:
-        capsys.readouterr()
-        code = main([str(word) for word in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +44,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(digits: Path, tmp_path: Path) -> Path:
     shutil.copytree(digits / "runs", tmp_path / "runs")
     return Path("runs/digits-hinge-1")
-
-
-def refused(result: Result, message: str = "") -> None:
-    assert result.code == 2
-    assert result.err.startswith("torchlin: error: ")
-    assert result.err.count("\n") == 1
-    assert re.search(message, result.err), result.err
-    assert not list(Path().glob("runs/*/*.json"))
 
 
 # Without a command.

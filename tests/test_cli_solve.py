@@ -7,19 +7,18 @@ import json
 import math
 import re
 import runpy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from commands import Run, refused
 from PIL import Image
 from training import RUN_FILES, write_photos, write_table
 
 from torchlin import L1, L2, LinearClassifier, load_head, solve, solve_path
-from torchlin.cli import main
 from torchlin.cli.configs import config_names
 from torchlin.data import DigitsDataModule
 from torchlin.report import plot_gap, plot_path
@@ -27,36 +26,8 @@ from torchlin.report import plot_gap, plot_path
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 FILES = RUN_FILES - {"checkpoint.ckpt"}
 L2_OPTION = "--model.penalty={name: l2, strength: 0.01}"
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: str | Path) -> Result:
-        capsys.readouterr()
-        code = main([str(word) for word in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-def refused(result: Result, message: str) -> None:
-    assert result.code == 2
-    assert result.err.startswith("torchlin: error: ")
-    assert result.err.count("\n") == 1, result.err
-    assert re.search(message, result.err), result.err
-    assert not list(Path().glob("runs/*/*.json"))
 
 
 def train_split() -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from torchlin.autograd import known_signature
 from torchlin.fused import total_and_scores
 from torchlin.heads import LinearHead, Standardization, StandardizedHead
 from torchlin.loss import Loss, Total
-from torchlin.losses import LOSS_REGISTRY
+from torchlin.losses import LOSS_REGISTRY, balanced_weight, trained_spec
 from torchlin.metrics import StageMetrics
 from torchlin.objective import Objective
 from torchlin.optim import apply_penalty
@@ -171,9 +171,7 @@ class LinearClassifier(LightningModule):
     def to_head(self) -> LinearHead:
         """A plain `LinearHead` with the same scores, on raw input: what to import into a larger model."""
         head = self._head.fold()
-        spec = LOSS_REGISTRY.spec(self.loss)
-        spec.pop("validate", None)  # how the labels were checked here is not what the head was trained with
-        head.info = {**self._head.info, "loss": spec}
+        head.info = {**self._head.info, "loss": trained_spec(self.loss)}
         return head
 
     @torch.no_grad()
@@ -244,8 +242,7 @@ class LinearClassifier(LightningModule):
             raise ValueError(f"the data have {len(counts)} classes, this classifier num_classes={num_classes}")
         present = counts[counts > 0]
         if self.hparams["class_weight"] == "balanced":
-            weight = counts.sum() / (num_classes * counts.clamp(min=1).double())
-            self._weigh_classes(torch.where(counts > 0, weight, 0).float())
+            self._weigh_classes(balanced_weight(counts).float())
         elif self.loss.weight is None and len(present) and present.max() > 10 * present.min():
             rank_zero_warn(
                 f"the largest class has {int(present.max())} training samples, the smallest {int(present.min())}: "

@@ -117,11 +117,20 @@ class FeatureMatrix:
 
     def gram(self, weight: Tensor | None = None) -> Tensor:
         """X̃ᵀ diag(s) X̃, (p, p), in `dtype`, from s (n,); None is 1 each."""
-        raise NotImplementedError
+        p = self.shape[1]
+        out = torch.zeros(p, p, dtype=self.dtype, device=self.device)
+        for block in self.blocks():
+            rows = self.rows(block)
+            out.addmm_(rows.T, rows if weight is None else rows * weight[block].to(rows).unsqueeze(1))
+        return out
 
     def kernel(self) -> Tensor:
         """X̃ X̃ᵀ, (n, n)."""
-        raise NotImplementedError
+        n = self.shape[0]
+        out = torch.empty(n, n, dtype=self.dtype, device=self.device)
+        for block in self.blocks():
+            out[:, block] = self.scores(self.rows(block))
+        return out
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """The standardised rows of an index, (m, p)."""
@@ -169,14 +178,6 @@ class _InBlocks(FeatureMatrix):
             out[:, :-1] += g[block].T @ self.rows(block)
         out[:, -1] = g.sum(0, dtype=torch.float64)
         return out.to(self.dtype)
-
-    def gram(self, weight: Tensor | None = None) -> Tensor:
-        p = self.shape[1]
-        out = torch.zeros(p, p, dtype=self.dtype, device=self.device)
-        for block in self.blocks():
-            rows = self.rows(block)
-            out.addmm_(rows.T, rows if weight is None else rows * weight[block].to(rows).unsqueeze(1))
-        return out
 
     def kernel(self) -> Tensor:
         n = self.shape[0]
@@ -456,21 +457,6 @@ class SparseFeatures(FeatureMatrix):
         raw = (self._transposed @ g).T.double()
         scaled = (raw - torch.outer(ones, mean)) / std
         return torch.cat((scaled, ones.unsqueeze(1)), 1).to(self.dtype)
-
-    def gram(self, weight: Tensor | None = None) -> Tensor:
-        total = torch.zeros(self.shape[1], self.shape[1], dtype=self.dtype, device=self.device)
-        for block in self.blocks():
-            rows = self.rows(block)
-            total.addmm_(rows.T, rows if weight is None else rows * weight[block].to(rows).unsqueeze(1))
-        return total
-
-    def kernel(self) -> Tensor:
-        n = self.shape[0]
-        total = torch.empty(n, n, dtype=self.dtype, device=self.device)
-        for block in self.blocks():
-            rows = self.rows(block)
-            total[:, block] = self.scores(rows)
-        return total
 
     def rows(self, index: Tensor | slice) -> Tensor:
         mean, std = (t.to(self.dtype) for t in self.standardization)

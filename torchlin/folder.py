@@ -24,6 +24,8 @@ RUNS = Path("runs")
 CHECKPOINT = "checkpoint.ckpt"
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
+# Beyond this many classes a confusion matrix is no picture.
+MOST_CLASSES = 1000
 FILES = (CHECKPOINT, CONFIG, METRICS, "head.safetensors", "head.json", "templates.png", "curves.png", "confusion.png")
 
 
@@ -164,6 +166,13 @@ def draw(
         drawn["curves.png"] = report.plot_curves(list(rows))
     if confusion is not None and int(confusion.sum()):
         drawn["confusion.png"] = report.plot_confusion(confusion.cpu(), head.info["class_names"])
+    save_pictures(folder, drawn)
+
+
+def save_pictures(folder: Path, drawn: Mapping[str, Any]) -> None:
+    """Write pictures, file name → axes, into a run folder."""
+    from torchlin import report
+
     for name, axes in drawn.items():
         report.save(axes, folder / name)
         report.close(axes)

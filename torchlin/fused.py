@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchlin.autograd import masked
-from torchlin.heads import StandardizedHead, without_autocast
+from torchlin.heads import StandardizedHead, folded_scores, half_precision, without_autocast
 from torchlin.loss import Encoded, Loss, Total, tracing
 
-# MKL multiplies W Xᵀ in half the time of X Wᵀ if X has at most so many rows, and in twice the time if more.
-_FEW_ROWS = 128
 # So many numbers are multiplied at a time, 32 MiB as float32.
 _BLOCK_NUMBERS = 2**23
 
@@ -41,6 +38,8 @@ def total_and_scores(
     blocks = _Blocks(head, x.split(size) if len(x) > size else [x])
     with without_autocast(x.device.type):
         scores = blocks.scores()
+        if not torch.is_grad_enabled():
+            return loss.total(scores, target, all_count=all_count), scores
         encoded, weight, counting = loss.prepare(scores, target, all_count=all_count)
         summed: Tensor = _Sum.apply(head.weight, head.bias, scores, blocks, encoded, loss)
     return Total(summed, weight, counting), scores
@@ -54,8 +53,8 @@ class _Blocks:
         self.inputs = inputs
         # A single block is used twice; of several, each is converted twice, which takes less time than it seems: they
         # stay in the cache.
-        self.kept = head.coordinates(inputs[0]) if len(inputs) == 1 else None
-        self.half = torch.is_autocast_enabled(inputs[0].device.type)
+        self.half = half_precision(inputs[0].device.type)
+        self.kept = head.coordinates(inputs[0], self.half) if len(inputs) == 1 else None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(r, m, s) of each block, see `StandardizedHead.coordinates`."""
@@ -63,14 +62,12 @@ class _Blocks:
             yield self.kept
             return
         for x in self.inputs:
-            with torch.autocast(x.device.type, enabled=self.half):
-                rows = self.head.coordinates(x)
-            yield rows
+            yield self.head.coordinates(x, self.half)
 
     def scores(self) -> Tensor:
         """Z, (n, k)."""
         weight, bias = self.head.weight.detach(), self.head.bias.detach()
-        scores = [_scores(rows, weight, bias, mean, std) for rows, mean, std in self]
+        scores = [folded_scores(rows, weight, bias, mean, std) for rows, mean, std in self]
         return scores[0] if len(scores) == 1 else torch.cat(scores)
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,21 +76,11 @@ class _Blocks:
         total = torch.zeros((), dtype=in_bias.dtype, device=in_bias.device)
         start = 0
         for block in self:
-            rows, mean, std = block
+            rows, mean, std = block  # m and s are the same for all
             part = (gradient[start : start + len(rows)].to(rows.dtype).t() @ rows).to(in_bias.dtype)
             total = part if start == 0 else total.add_(part)
             start += len(rows)
         return total.addr_(in_bias, mean, alpha=-1).div_(std), in_bias
-
-
-def _scores(rows: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    raw = (weight / std).to(rows.dtype)
-    bias = torch.addmv(bias, raw.to(bias.dtype), mean, alpha=-1)
-    if rows.dtype != bias.dtype:
-        return F.linear(rows, raw).to(bias.dtype) + bias
-    if len(rows) <= _FEW_ROWS and rows.device.type == "cpu":
-        return torch.addmm(bias.unsqueeze(1), raw, rows.t()).t().contiguous()
-    return F.linear(rows, raw, bias)
 
 
 class _Sum(torch.autograd.Function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -410,6 +411,19 @@ LOSSES: tuple[type[Loss], ...] = (
     LogisticLoss,
 )
 LOSS_REGISTRY: Registry[Loss] = Registry("loss", Loss, LOSSES)
+
+
+def trained_spec(loss: Loss) -> dict[str, Any]:
+    """What a head remembers of the loss it was trained with: how the labels were checked is not part of it."""
+    spec = LOSS_REGISTRY.spec(loss)
+    spec.pop("validate", None)
+    return spec
+
+
+def balanced_weight(counts: Tensor) -> Tensor:
+    """N / (num_classes · count) for each class, 0 for one that does not occur; float64 (num_classes,)."""
+    weight = counts.sum() / (len(counts) * counts.clamp(min=1).double())
+    return torch.where(counts > 0, weight, 0)
 
 
 def _leads(scores: Tensor, own: Tensor) -> Tensor:

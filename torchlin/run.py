@@ -24,6 +24,7 @@ from torchlin.folder import (
     CONFIG,
     FILES,
     METRICS,
+    MOST_CLASSES,
     Trained,
     add_metrics,
     begun,
@@ -40,8 +41,6 @@ from torchlin.losses import LOSS_REGISTRY
 from torchlin.penalties import PENALTY_REGISTRY
 from torchlin.storage import load_head, replace_file
 
-# Beyond this many classes a confusion matrix is no picture.
-_MOST_CLASSES = 1000
 # Steps of the optimizer between two times that several processes ask whether a checkpoint is due.
 _ASK_EVERY = 50
 
@@ -186,7 +185,7 @@ class RunFolder(Checkpoint):
         if not (self._opened and isinstance(outputs, Tensor) and isinstance(pl_module, Trained)):
             return
         k = int(pl_module.hparams["num_classes"])
-        if k <= _MOST_CLASSES and not trainer.sanity_checking:
+        if k <= MOST_CLASSES and not trainer.sanity_checking:
             ignored = pl_module.loss.ignore_index
             matrix = multiclass_confusion_matrix(outputs, batch[1].long(), k, ignore_index=ignored, validate_args=False)
             self._confusion = matrix if self._confusion is None else self._confusion + matrix

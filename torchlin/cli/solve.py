@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from torchlin.cli.certificates import described, fits_in_memory, split_arrays
 from torchlin.cli.training import TorchlinCLI, completed, show_run
@@ -22,16 +23,19 @@ from torchlin.data import DataError
 from torchlin.folder import (
     CONFIG,
     METRICS,
+    MOST_CLASSES,
     check_free,
     draw,
     finite,
     number_folder,
     open_folder,
     rows_to_csv,
+    save_pictures,
     write_result,
 )
 from torchlin.heads import LinearHead, Standardization
-from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.losses import LOSS_REGISTRY, Loss, balanced_weight, trained_spec
+from torchlin.metrics import StageMetrics
 from torchlin.penalties import L2, PENALTY_REGISTRY, Penalty
 from torchlin.solvers import NotConvergedError, PathResult, Solution, solve, solve_path
 from torchlin.solvers.state import Progress
@@ -40,7 +44,6 @@ from torchlin.storage import replace_file
 _STRENGTH = 1e-3
 # What `fit` needs and a solver does not.
 _IGNORED = ("model.optimizer", "model.lr", "model.momentum", "model.schedule")
-_MOST_CLASSES = 1000
 
 
 def solve_run(rest: list[str]) -> None:
@@ -69,9 +72,7 @@ class Solved:
 
     def to_head(self) -> LinearHead:
         head = self.solution.to_head()
-        spec = LOSS_REGISTRY.spec(self.loss)
-        spec.pop("validate", None)
-        head.info = {"loss": spec}
+        head.info = {"loss": trained_spec(self.loss)}
         return head
 
 
@@ -92,9 +93,7 @@ class SolveCLI(TorchlinCLI):
         parser.add_argument("--tol", type=float, default=1e-4, help="Relative gap to certify.")
         parser.add_argument("--max_passes", type=float, default=1000.0, help="Passes over the data for one strength.")
         parser.add_argument("--device", type=str | None, default=None, help="Where to compute, for example cuda.")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.in_features", "model.in_features", apply_on="instantiate")
-        parser.set_defaults({"data": {"class_path": "torchlin.data.DigitsDataModule"}})
+        self.take_sizes_from_data(parser)
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
@@ -157,9 +156,8 @@ class SolveCLI(TorchlinCLI):
         if self.model.hparams["class_weight"] != "balanced":
             return loss
         k = int(self.model.hparams["num_classes"])
-        counts = torch.bincount(y.long(), minlength=k).double()
-        weight = (counts.sum() / (k * counts.clamp(min=1))).tolist()
-        return LOSS_REGISTRY.make({**LOSS_REGISTRY.spec(loss), "weight": weight})
+        weight = balanced_weight(torch.bincount(y.long(), minlength=k))
+        return LOSS_REGISTRY.make({**LOSS_REGISTRY.spec(loss), "weight": weight.tolist()})
 
     def _single(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Solved, list[dict[str, float]], PathResult | None]:
         options, penalty = self.options(), self.model.penalty
@@ -274,16 +272,14 @@ class SolveCLI(TorchlinCLI):
 @torch.no_grad()
 def _measured(head: LinearHead, loss: Loss, x: Tensor, y: Tensor, classes: int) -> tuple[Mapping[str, float], Tensor]:
     """Loss, accuracy and mean recall of the classes that occur, and the confusion matrix (k, k)."""
+    metrics, confusion = StageMetrics(classes, loss.ignore_index), torch.zeros(0)
     scores = torch.cat([head(block) for block in x.split(8192)])
     predicted = loss.predict(scores)
-    counts = torch.zeros(0)
-    if classes <= _MOST_CLASSES:
-        counts = torch.bincount(y.long() * classes + predicted, minlength=classes**2).view(classes, classes)
-    right = torch.bincount(y[predicted == y], minlength=classes).double()
-    totals = torch.bincount(y, minlength=classes)
-    recalls = (right / totals)[totals > 0]
-    accuracy = float((predicted == y).double().mean())
-    return {"loss": float(loss(scores, y)), "accuracy": accuracy, "balanced_accuracy": float(recalls.mean())}, counts
+    metrics.add(predicted, y, loss.total(scores, y))
+    metrics.count()
+    if classes <= MOST_CLASSES:
+        confusion = multiclass_confusion_matrix(predicted, y, classes, ignore_index=loss.ignore_index)
+    return {name: float(value) for name, value in metrics.compute().items()}, confusion
 
 
 def _draw_progress(path: PathResult | None, solution: Solution, folder: Path) -> None:
@@ -292,9 +288,7 @@ def _draw_progress(path: PathResult | None, solution: Solution, folder: Path) ->
     drawn = {"curves.png": report.plot_gap(solution)}
     if path is not None:
         drawn["path.png"] = report.plot_path(path)
-    for name, axes in drawn.items():
-        report.save(axes, folder / name)
-        report.close(axes)
+    save_pictures(folder, drawn)
 
 
 class _Line:

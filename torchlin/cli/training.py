@@ -127,6 +127,11 @@ class TorchlinCLI(LightningCLI):
         parser.add_argument(
             "--save_every", type=float, default=60.0, help="Seconds between checkpoints inside an epoch (fit only)."
         )
+        self.take_sizes_from_data(parser)
+
+    @staticmethod
+    def take_sizes_from_data(parser: LightningArgumentParser) -> None:
+        """The classifier's sizes are those of the data, which are digits unless said otherwise."""
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.in_features", "model.in_features", apply_on="instantiate")
         parser.set_defaults({"data": {"class_path": "torchlin.data.DigitsDataModule"}})

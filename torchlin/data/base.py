@@ -17,6 +17,7 @@ from torchlin.data.augment import Augmentation
 from torchlin.data.loading import ArrayDataset, BatchSampler, Inputs, Loader
 from torchlin.data.splits import stratified_split
 from torchlin.data.standardize import standardize_features, standardize_pixels
+from torchlin.features import available_memory
 from torchlin.heads import Standardization
 
 SplitName = Literal["train", "val", "test"]
@@ -205,7 +206,7 @@ class ArrayDataModule(LightningDataModule, abc.ABC):
             return False
         if self.resident == "device" or (inputs.data_ptr(), device) in self._copies:
             return True
-        return device.type == "cuda" and 2 * inputs.nbytes <= torch.cuda.mem_get_info(device)[0]
+        return device.type == "cuda" and 2 * inputs.nbytes <= available_memory(device)
 
     def _on(self, dataset: ArrayDataset, device: torch.device) -> ArrayDataset:
         inputs = cast("Tensor", dataset.inputs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchlin.penalties import Penalty
-from torchlin.solvers.problem import DataTerm
+from torchlin.solvers.problem import DataTerm, Evaluated
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,24 @@ def conjugate_penalty(penalty: Penalty | None, v: Tensor) -> float:
 
 
 def certificate(
-    data: DataTerm, penalty: Penalty | None, scores: Tensor, gradient: Tensor, v: Tensor, primal: float, at_zero: float,
-    bias: Tensor, value: float, exact: bool = True,
+    data: DataTerm, penalty: Penalty | None, at: Evaluated, v: Tensor, primal: float, at_zero: float, bias: Tensor,
+    value: float, exact: bool = True,
 ) -> Certificate:  # fmt: skip
-    """The certificate that the score gradients at `scores` give.
+    """The certificate that the score gradients at some scores give.
 
         D = (1/N) Σ −s_i L*(t g_i) − λR*(t V) − B ‖t Σ s_i g_i/N‖₁,   V = Gᵀ X̃ / N
 
     t = 1, but for L1 the largest t ≤ 1 with t|V| ≤ λ. The last term charges what rounding leaves of Σ g = 0.
 
     Args:
-        gradient: (n, k) unweighted, at the scores (n, k), which include the bias.
+        at: scores, which include the bias, and the gradients there.
         v: V, (k, p).
         value: the data term at the scores; primal: that and the penalty; at_zero: F(0).
         exact: the gradient is the loss's own at the scores; if not (a smoothed loss's), the loss declares its dual.
     """
     bound = 10 * (1 + float(bias.abs().max()))
-    residual = float(data.column_sums(gradient).abs().sum())
+    scores, _, gradient, charged = at
+    residual = float(charged.abs().sum())
     l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
     if l1 == 0 and l2 == 0:
         size = float(v.norm()) + residual

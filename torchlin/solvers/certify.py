@@ -53,13 +53,6 @@ class MovedFeatures(FeatureMatrix):
         cross = torch.outer(scale * sums[:-1], shift)
         return gram * torch.outer(scale, scale) + cross + cross.T + sums[-1] * torch.outer(shift, shift)
 
-    def kernel(self) -> Tensor:
-        n = self.shape[0]
-        out = torch.empty(n, n, dtype=self.dtype, device=self.device)
-        for block in self.blocks():
-            out[:, block] = self.scores(self.rows(block)).to(self.dtype)
-        return out
-
     def rows(self, index: Tensor | slice) -> Tensor:
         rows = self.features.rows(index)
         return rows * self._scale.to(rows) + self._shift.to(rows)
@@ -131,7 +124,7 @@ def certify(
         bias = Bias(data, b)
         at = bias.solve(scores)
         v = x.gradient(data.weighted(at.gradient))[:, :-1].double()
-        found = certificate(data, penalty, at.scores, at.gradient, v, primal, at_zero, bias.value, at.value)
+        found = certificate(data, penalty, at, v, primal, at_zero, bias.value, at.value)
         if tol is None or found.measure != "gap" or found.gap <= tol:
             return found
     else:

@@ -132,14 +132,6 @@ class DataTerm:
         value, slope = (totals / self.total).tolist()
         return value, slope
 
-    def column_sums(self, gradient: Tensor) -> Tensor:
-        """(1/N) Σ s_i g_i, (k,): the gradient with respect to the bias."""
-        total = gradient.new_zeros(self.outputs)
-        for block in self.blocks():
-            rows = gradient[block]
-            total += (rows if self.coefficient is None else rows * self.coefficient[block].unsqueeze(1)).sum(0)
-        return total / self.total
-
     def mean_curvature(self, scores: Tensor, gradient: Tensor) -> float:
         """The average eigenvalue of the Hessians ∂²L_i/∂z_i² over the directions in which they are not zero.
 

@@ -82,14 +82,15 @@ class Run:
 
     def point(self, weight: Tensor, raw: Tensor) -> Point:
         """The point W whose scores without bias are `raw`: the bias is solved, the gradient and the gap computed."""
-        scores, value, gradient, _ = self.bias.solve(raw)
+        at = self.bias.solve(raw)
+        scores, value, gradient, _ = at
         if self.smoothed is not None:
             value = self.data.value(scores)
         self.passes += 0.5
         v = self.features.gradient(self.data.weighted(gradient))[:, :-1].double()
         primal = value if self.penalty is None else value + float(self.penalty.value(weight))
         found = certificate(
-            self.data, self.penalty, scores, gradient, v, primal, self.at_zero, self.bias.value, value,
+            self.data, self.penalty, at, v, primal, self.at_zero, self.bias.value, value,
             exact=self.smoothed is None,
         )  # fmt: skip
         if self.bundle is not None and self.penalty is not None:
