@@ -30,7 +30,7 @@ from torchlin.heads import Standardization
 __all__ = ["DenseFeatures", "FeatureMatrix", "PixelFeatures", "SparseFeatures"]
 
 # Bytes of a block of rows: small enough for temporaries to stay in a cache, large enough to keep the kernels busy.
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 23
 # int32 sums of products of int8 hold 131,071 terms at most.
 _TERMS = 1 << 16
 # |q| ≤ 2²⁹ leaves room for the carries of the four bytes.
@@ -39,6 +39,8 @@ _LARGEST = float(1 << 29)
 _DIGITS = 0x00808080
 # What lies between two products is handled in blocks of this many samples, which stay in a cache.
 _ROWS = 4096
+# A symmetric product is formed in panels of at least so many columns, of which each is multiplied with the rest only.
+_PANEL = 256
 # Up to this size pixels are copied once, shifted; larger ones may be mapped from a file and are shifted block by block.
 _COPY_BYTES = 1 << 29
 
@@ -121,8 +123,8 @@ class FeatureMatrix:
         out = torch.zeros(p, p, dtype=self.dtype, device=self.device)
         for block in self.blocks():
             rows = self.rows(block)
-            out.addmm_(rows.T, rows if weight is None else rows * weight[block].to(rows).unsqueeze(1))
-        return out
+            _add_square(out, rows if weight is None else rows * weight[block].to(rows).sqrt().unsqueeze(1))
+        return _mirrored(out)
 
     def kernel(self) -> Tensor:
         """X̃ X̃ᵀ, (n, n)."""
@@ -259,6 +261,7 @@ class PixelFeatures(FeatureMatrix):
         self.dtype, self.device = dtype or torch.float64, device
         self._limbs = int8_products(device.type)
         self._scratch = torch.empty(0, dtype=torch.int8, device=device)
+        self._wide = torch.empty(0, dtype=torch.float64, device=device)
         # The bytes as they came, or, where there is room for a copy, already shifted.
         self._bytes, self._own = features, False
         if features.numel() <= min(_COPY_BYTES, available_memory(device) // 4):
@@ -282,9 +285,9 @@ class PixelFeatures(FeatureMatrix):
         spans = [slice(i, i + _TERMS) for i in range(0, self.shape[1], _TERMS)]
         for block in self._large_blocks(k):
             v = self._shifted(block)
-            total = _exact_product(v[:, spans[0]], q[:, spans[0]], self._limbs, self.threads)
+            total = self._product(v[:, spans[0]], q[:, spans[0]])
             for span in spans[1:]:
-                total += _exact_product(v[:, span], q[:, span], self._limbs, self.threads)
+                total += self._product(v[:, span], q[:, span])
             torch.add(offset.unsqueeze(1), total.mul_(unit.unsqueeze(1)), out=out[:, block])
         return out.T
 
@@ -293,12 +296,18 @@ class PixelFeatures(FeatureMatrix):
         k = len(q)
         total = torch.zeros(k, self.shape[1], dtype=torch.int64, device=self.device)
         for block in self._large_blocks(k):
-            total += _exact_product(self._shifted(block).T, q[:, block], self._limbs, self.threads).long()
+            total += self._product(self._shifted(block).T, q[:, block]).long()
         ones = q.sum(1).double()
         out = torch.empty(k, self.shape[1] + 1, dtype=torch.float64, device=self.device)
         out[:, :-1] = total.double().sub_(torch.outer(ones, self._mean)).div_(self._std).mul_(unit.unsqueeze(1))
         out[:, -1] = ones * unit
         return out.to(self.dtype)
+
+    def _product(self, v: Tensor, q: Tensor) -> Tensor:
+        """`_exact_product`, with room for float64 rows that is used again: new memory costs more than the product."""
+        if not self._limbs and self._wide.numel() < v.numel():
+            self._wide = torch.empty(v.numel(), dtype=torch.float64, device=self.device)
+        return _exact_product(v, q, self._limbs, self.threads, self._wide)
 
     def gram(self, weight: Tensor | None = None) -> Tensor:
         if weight is not None:
@@ -311,18 +320,18 @@ class PixelFeatures(FeatureMatrix):
         total = torch.zeros(p, p, dtype=torch.float64, device=self.device)
         sums = torch.zeros(p, dtype=torch.float64, device=self.device)
         n = self.shape[0]
-        # Larger blocks than elsewhere: the (p, p) sum is added once for each.
+        # Larger blocks than elsewhere: the (p, p) sum is added to once for each.
         step = _TERMS if self._limbs else 1024
         step = max(1, min(step, (1 << 28) // p))
         for start in range(0, n, step):
             v = self._shifted(slice(start, min(n, start + step)))
             if self._limbs and _int8_fits(v.T, p):
-                total += torch._int_mm(v.T, v)
+                _add_square(total, v)
             else:
                 for part in v.split(1024):
-                    f = part.float()  # 2¹⁴ · 1024 = 2²⁴: exact
-                    total += f.T @ f
+                    _add_square(total, part.float())  # 2¹⁴ · 1024 = 2²⁴: exact
             sums += v.sum(0)
+        _mirrored(total)
         mean = self._mean
         cross = torch.outer(sums, mean)
         total.sub_(cross).sub_(cross.T).add_(torch.outer(mean, mean), alpha=n)
@@ -399,9 +408,8 @@ class PixelFeatures(FeatureMatrix):
         root = weight.to(self.device, torch.float32).sqrt()
         for start in range(0, self.shape[0], 2048):
             block = slice(start, min(self.shape[0], start + 2048))
-            rows = self._shifted(block).float().sub_(mean).div_(std).mul_(root[block].unsqueeze(1))
-            total.addmm_(rows.T, rows)
-        return total.to(self.dtype)
+            _add_square(total, self._shifted(block).float().sub_(mean).div_(std).mul_(root[block].unsqueeze(1)))
+        return _mirrored(total).to(self.dtype)
 
 
 class SparseFeatures(FeatureMatrix):
@@ -516,6 +524,27 @@ def _scale(variance: Tensor, shift: Tensor, constant: float) -> Tensor:
     return torch.where(variance > noise, variance.clamp(min=0).sqrt(), constant)
 
 
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to the lower triangle of (p, p), and to what of the upper one is in the same panels.
+
+    int8 rows are multiplied in int32.
+    """
+    p = rows.shape[1]
+    multiply = torch._int_mm if rows.dtype == torch.int8 else torch.mm
+    count = max(1, min(8, p // _PANEL))
+    width = p // count // 8 * 8 if count > 1 else p  # cuBLAS wants multiples of 8 in int8
+    for i in range(count):
+        start = i * width
+        span = slice(start, start + width if i < count - 1 else p)
+        total[start:, span] += multiply(rows[:, start:].T, rows[:, span])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrix of which `_add_square` filled the lower triangle, in place."""
+    upper = total.tril(-1).T
+    return total.tril_().add_(upper)
+
+
 # Integer arithmetic.
 
 
@@ -551,12 +580,26 @@ def on_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _exact_product(v: Tensor, q: Tensor, limbs: bool, threads: int | None = None) -> Tensor:
-    """Σ v q, (k, m) in float64, from v (m, t) in int8 and q (k, t) in int32: integers below 2⁵³, exactly."""
+def _exact_product(
+    v: Tensor, q: Tensor, limbs: bool, threads: int | None = None, wide: Tensor | None = None
+) -> Tensor:
+    """Σ v q, (k, m) in float64, from v (m, t) in int8 and q (k, t) in int32: integers below 2⁵³, exactly.
+
+    Args:
+        limbs: by the bytes of q on int8 hardware, otherwise in float64.
+        threads: see `on_threads`.
+        wide: room for the float64 v, at least as many numbers.
+    """
     k = len(q)
     if not (limbs and _int8_fits(v, 4 * k)):
         with on_threads(threads):
-            return q.double() @ v.double().T
+            if wide is None or wide.numel() < v.numel():
+                return q.double() @ v.double().T
+            # In the order in which the bytes lie: v may be the transpose of rows.
+            flip = v.stride(0) < v.stride(1)
+            plain = v.T if flip else v
+            rows = wide[: v.numel()].view(plain.shape).copy_(plain)
+            return q.double() @ (rows if flip else rows.T)
     digits = _digits(q.T)
     with on_threads(threads):
         product = torch._int_mm(v, digits)

@@ -144,13 +144,16 @@ class DataTerm:
         return self.slope(change, signs) / max(1, self.outputs - 1)
 
     def hessians(self, scores: Tensor, gradient: Tensor) -> Tensor:
-        """s_i ∂²L_i/∂z_i² / N, (n, k, k), by differences of the gradient: one gradient for each class."""
+        """s_i ∂²L_i/∂z_i² / N, (n, k, k): one product for each class, or one gradient where the loss has no Hessian."""
         step = 1e-6
+        declared = type(self.loss).hessian_product is not Loss.hessian_product
         columns = []
-        for j in range(self.outputs):
-            moved = scores.clone()
-            moved[:, j] += step
-            columns.append(self.weighted(self.gradient(moved) - gradient) / step)
+        for unit in torch.eye(self.outputs, dtype=torch.float64, device=scores.device):
+            if declared:
+                column = self.loss.hessian_product(scores, self.target, unit.expand_as(scores))
+            else:
+                column = (self.gradient(scores + step * unit) - gradient) / step
+            columns.append(self.weighted(column))
         blocks = torch.stack(columns, 2)
         return (blocks + blocks.mT) / 2
 

@@ -30,6 +30,9 @@ def lbfgs(run: Run, point: Point, precondition: Preconditioners, pairs: Pairs | 
     ridge = 0.0 if run.penalty is None else 2 * run.penalty.l2
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     gradient = point.v + ridge * point.weight
+    # One number added to all scores of a sample changes nothing then, so that W has a free direction, along which
+    # rounding alone would lead. L2 has its minimum on it at Σ_j w_j = 0.
+    free = run.data.outputs > 1 and float(point.gradient.sum(1).abs().max()) < 1e-9
     inverse, mark, age = None, point.certificate.gap, 0
     while not run.done(point):
         if precondition.exact:
@@ -44,6 +47,8 @@ def lbfgs(run: Run, point: Point, precondition: Preconditioners, pairs: Pairs | 
         if not float((direction * gradient).sum()) < 0:
             pairs.clear()
             direction = -inverse(gradient)
+        if free:
+            direction = direction - direction.mean(0)
         change = run.scores(direction)
         # Along the line the bias goes with the scores, or Newton's step would look too long.
         run.bias.exact = precondition.exact
