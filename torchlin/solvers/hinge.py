@@ -24,6 +24,9 @@ from torchlin.solvers.problem import Bias, DataTerm
 from torchlin.solvers.smooth import MEMORY, Pairs, lbfgs
 from torchlin.solvers.state import Point, Run
 
+# Over which share of the margin corners are rounded at first; that share of the share at every move of the centre; and
+# where it stays.
+_WIDEST, _SHRINK, _LEAST = 1.0, 0.5, 0.25
 # A centre that was reached in fewer passes is moved further the next time.
 _SHORT = 5.0
 # Corners rounded over less than this share of the margin are sharp for float64.
@@ -42,62 +45,70 @@ class SmoothedTerm(DataTerm):
 
     def __init__(self, data: DataTerm, loss: RivalProjection, width: float, centre: Tensor | None) -> None:
         self.__dict__.update(vars(data))
-        self.width, self.centre, self._hinge = width, centre, loss
+        self.width, self.centre, self.hinge = width, centre, loss
 
     def rivals(self, scores: Tensor) -> Tensor:
         """q*, (n, k) with 0 in column y."""
         # Column y of the gradient is −Σ q.
         return self.evaluate(scores).gradient.scatter(1, self.target.unsqueeze(1), 0)
 
-    def rows(self, scores: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, scores: Tensor, block: slice | Tensor) -> tuple[Tensor, Tensor]:
         own = self.target[block].unsqueeze(1)
         m = scores - scores.gather(1, own)
-        m.add_(self._hinge.margin)
+        m.add_(self.hinge.margin)
         q = m / self.width
         if self.centre is not None:
             q += self.centre[block]
         q.scatter_(1, own, -float("inf"))
-        q = self._hinge.project_rivals(q)
+        q = self.hinge.project_rivals(q)
         # ⟨q, m⟩ − (μ/2)‖q − q⁰‖²; what column y of m holds meets a zero.
         moved = q if self.centre is None else q - self.centre[block]
         values = m.mul_(q).sum(1).sub_(moved.square().sum(1), alpha=self.width / 2)
         return values, q.scatter_(1, own, -q.sum(1, keepdim=True))
 
 
-def multipliers(
-    run: Run, point: Point, gram: Tensor | None, width: float = 1.0, shrink: float = 0.5, least: float = 0.25
-) -> Point:
-    """Minimise F for a piecewise linear loss and L2 until the certified gap is at most `run.tol`.
-
-    Returns the best point met. The lower bound is the best convex combination of the dual points met.
-
-    Args:
-        point: where to start; only its weight and scores count.
-        gram: X̃ᵀX̃/N, (p, p), or None.
-        width: the first μ over the margin; every move of the centre multiplies it by `shrink`, down to `least`. What
-            L-BFGS learned about the curvature is kept from one centre to the next once μ stays.
-    """
+def round_corners(run: Run) -> None:
+    """Put the smoothed data term, with the widest corners around the centre 0, in place of the piecewise linear one."""
     penalty, loss = run.penalty, run.data.loss
     assert penalty is not None
     assert isinstance(loss, RivalProjection)
-    centre: Tensor | None = None
+    run.bundle, run.best = Bundle(penalty.l2), None
+    _set(run, SmoothedTerm(run.data, loss, _WIDEST * loss.margin, None))
+
+
+def multipliers(run: Run, point: Point, gram: Tensor | None) -> Point:
+    """Minimise F for a piecewise linear loss and L2 until the certified gap is at most `run.tol`.
+
+    Returns the best point met. The lower bound is the best convex combination of the dual points met. Every move of the
+    centre makes the corners narrower, down to `_LEAST`; what L-BFGS learned about the curvature is kept from one centre
+    to the next once they stay.
+
+    Args:
+        run: after `round_corners`.
+        point: where to start.
+        gram: X̃ᵀX̃/N, (p, p), or None.
+    """
     precondition = Preconditioners(run, gram)
-    run.bundle = Bundle(penalty.l2)
-    run.best = None
     pairs: Pairs = deque(maxlen=MEMORY)
     while True:
-        mu, begun = width * loss.margin, run.passes
-        run.smoothed = smoothed = SmoothedTerm(run.data, loss, mu, centre)
-        run.bias = Bias(smoothed, run.bias.value, run.bias.tol)
-        point = run.point(point.weight, point.raw)
+        smoothed = run.smoothed
+        assert isinstance(smoothed, SmoothedTerm)
         # Few rivals may stand in the rounded corners now; on the way to the minimiser more will.
-        run.least_curvature = 0.05 / mu
-        moved = lbfgs(run, point, precondition, pairs)
-        if moved.certificate.gap <= run.tol or run.spent:
-            return run.best or moved
-        point = moved
-        centre = smoothed.rivals(point.scores)
-        if width > least or (run.passes - begun < _SHORT and width > _NARROWEST):
+        run.least_curvature = 0.05 / smoothed.width
+        begun = run.passes
+        point = lbfgs(run, point, precondition, pairs)
+        if point.certificate.gap <= run.tol or run.spent:
+            return run.best or point
+        margin = smoothed.hinge.margin
+        share = width = smoothed.width / margin
+        if share > _LEAST or (run.passes - begun < _SHORT and share > _NARROWEST):
             # A short stage could have taken a longer step.
             pairs.clear()
-            width *= shrink
+            width = share * _SHRINK
+        _set(run, SmoothedTerm(run.data, smoothed.hinge, width * margin, smoothed.rivals(point.scores)))
+        point = run.point(point.weight, point.raw)
+
+
+def _set(run: Run, smoothed: SmoothedTerm) -> None:
+    run.smoothed = smoothed
+    run.bias = Bias(smoothed, run.bias.value, run.bias.tol)

@@ -62,7 +62,7 @@ class DataTerm:
         for start in range(0, self.size, step):
             yield slice(start, min(self.size, start + step))
 
-    def rows(self, scores: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, scores: Tensor, block: slice | Tensor) -> tuple[Tensor, Tensor]:
         """L_i (m,) and ∂L_i/∂z_i (m, k) at the scores (m, k) of a block of samples."""
         return self.loss.value_and_gradient(scores, self.target[block])
 
@@ -83,6 +83,13 @@ class DataTerm:
             value += values.sum()
             residual += rows.sum(0)
         return Evaluated(at, float(value) / self.total, gradient, residual / self.total)
+
+    def residual(self, scores: Tensor, some: slice | Tensor) -> Tensor:
+        """(1/N) Σ s_i g_i over some samples, (k,), from their scores (m, k)."""
+        _, rows = self.rows(scores, some)
+        if self.coefficient is not None:
+            rows = rows * self.coefficient[some].unsqueeze(1)
+        return rows.sum(0) / self.total
 
     def value(self, scores: Tensor) -> float:
         values = torch.cat([self.loss.value(scores[block], self.target[block]) for block in self.blocks()])
@@ -172,61 +179,71 @@ class Bias:
             self.value += value
         self.tol = tol
         self._hessian: Tensor | None = None
-        self.exact = False
 
     def solve(self, scores: Tensor) -> Evaluated:
         """The data term with the bias; Σ s_i g_i / N is then at most `tol` in every class."""
         at = self.data.evaluate(scores, self.value)
-        fresh = False
-        for _ in range(100):
+        damping = 0.0
+        for _ in range(200):
             size = float(at.residual.abs().max())
             if size <= self.tol:
                 break
+            fresh = self._hessian is None
             if self._hessian is None:
-                self._hessian, fresh = self._differences(at.scores, at.residual), True
-            step = self._newton(at.residual)
-            scale = 1.0
-            while True:
-                value = self.value + scale * step
-                trial = self.data.evaluate(scores, value)
-                now = float(trial.residual.abs().max())
-                if now < size or scale < 1e-3:
-                    break
-                scale /= 4
-            if not now < size:
-                if fresh:
-                    break  # rounding allows no more
+                self._hessian = self._differences(at.scores)
+            step = self._newton(at.residual, damping)
+            value = self.value + step
+            trial = self.data.evaluate(scores, value)
+            now = float(trial.residual.abs().max())
+            # A convex function may well fall while its gradient grows, and near the minimum only the latter can be seen.
+            if now < size or trial.value < at.value + 1e-4 * float(step @ at.residual):
+                s, y = step, trial.residual - at.residual
+                self.value, at = value, trial
+                damping = 0.0 if now < 0.25 * size else damping / 4
+                if now > 0.7 * size and not fresh:
+                    self._hessian = None
+                elif float(s @ y) > 0 and float(s @ (hs := self._hessian @ s)) > 0:
+                    self._hessian = self._hessian + torch.outer(y, y) / (s @ y) - torch.outer(hs, hs) / (s @ hs)
+            elif not fresh and damping == 0:
                 self._hessian = None
-                continue
-            s, y = value - self.value, trial.residual - at.residual
-            self.value, at = value, trial
-            if now > 0.7 * size:
-                self._hessian, fresh = None, False
-            elif float(s @ y) > 0:
-                hs = self._hessian @ s
-                self._hessian = self._hessian + torch.outer(y, y) / (s @ y) - torch.outer(hs, hs) / (s @ hs)
+            else:  # where the function is flat, or bends within the step (Levenberg and Marquardt)
+                damping = max(8 * damping, 1e-3 * size)
+                if damping > 1e6 * size:
+                    break  # rounding allows no more
         return at
 
-    def response(self, scores: Tensor, change: Tensor) -> Tensor:
-        """How the solved bias moves, to first order, when the scores (with bias) move by `change`: (k,)."""
+    def response(self, scores: Tensor, change: Tensor, *, exact: bool) -> Tensor:
+        """How the solved bias moves, to first order, when the scores (with bias) move by `change`: (k,).
+
+        Unless it is to be exact, the kept Hessian may be one of other scores.
+        """
         step = 1e-4 / max(float(change.abs().max()), 1e-300)
         base = self.data.evaluate(scores).residual
         moved = self.data.evaluate(torch.add(scores, change, alpha=step)).residual
-        # The kept Hessian may be one of other scores; a line search needs the one of these.
-        if self._hessian is None or self.data.outputs <= 3 or self.exact:
-            self._hessian = self._differences(scores, base)
+        if self._hessian is None or self.data.outputs <= 3 or exact:
+            self._hessian = self._differences(scores)
         return self._newton((moved - base) / step)
 
-    def _newton(self, residual: Tensor) -> Tensor:
+    def _newton(self, residual: Tensor, damping: float = 0.0) -> Tensor:
         assert self._hessian is not None
-        step: Tensor = -torch.linalg.pinv(self._hessian, hermitian=True, rtol=1e-10) @ residual
+        if damping > 0:
+            values, vectors = torch.linalg.eigh(self._hessian)
+            step: Tensor = -vectors @ ((vectors.T @ residual) / (values.clamp(min=0) + damping))
+        else:
+            step = -torch.linalg.pinv(self._hessian, hermitian=True, rtol=1e-10) @ residual
         # Every multiclass loss is free up to one number added to all biases, along which nothing should drift.
         return step - step.mean() if len(step) > 1 else step
 
-    def _differences(self, scores: Tensor, residual: Tensor) -> Tensor:
-        k, step = self.data.outputs, 1e-5
-        if k > 64:  # as many gradients as classes would cost more than they save
-            return torch.eye(k, dtype=torch.float64, device=scores.device) / k
+    def _differences(self, scores: Tensor) -> Tensor:
+        """The Hessian (k, k) by differences; of many classes on some of the samples, as it need not be exact."""
+        k, n, step = self.data.outputs, self.data.size, 1e-5
+        count = max(-(-16 * n // k), 20 * k)
+        some: slice | Tensor = slice(None)
+        if count < n:
+            some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values.to(scores.device)
+        z = scores[some]
+        base = self.data.residual(z, some)
         moves = step * torch.eye(k, dtype=torch.float64, device=scores.device)
-        hessian = torch.stack([(self.data.evaluate(scores, move).residual - residual) / step for move in moves])
+        slopes = [(self.data.residual(z + move, some) - base) / step for move in moves]
+        hessian = torch.stack(slopes) * max(1.0, n / count)
         return (hessian + hessian.T) / 2

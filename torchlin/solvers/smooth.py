@@ -12,6 +12,8 @@ from torchlin.solvers.state import Point, Run
 
 Pairs = deque[tuple[Tensor, Tensor, float]]
 MEMORY = 30
+# A step this short this far from the minimum is no progress.
+_SHORT_STEP, _FAR = 0.01, 0.1
 
 
 def lbfgs(run: Run, point: Point, precondition: Preconditioners, pairs: Pairs | None = None) -> Point:
@@ -50,10 +52,13 @@ def lbfgs(run: Run, point: Point, precondition: Preconditioners, pairs: Pairs | 
         if free:
             direction = direction - direction.mean(0)
         change = run.scores(direction)
-        # Along the line the bias goes with the scores, or Newton's step would look too long.
-        run.bias.exact = precondition.exact
-        answer = run.bias.response(point.scores, change)
-        step = _line_search(run, point, direction, change + answer, ridge)
+        # Along the line the bias goes with the scores, or Newton's step would look too long; to first order, unless that
+        # carries no further than a corner of the loss.
+        answer = run.bias.response(point.scores, change, exact=precondition.exact)
+        step = _line_search(run, point, direction, change, answer, ridge)
+        if step < _SHORT_STEP and precondition.exact and point.certificate.gap > _FAR:
+            answer = torch.zeros_like(answer)
+            step = _line_search(run, point, direction, change, None, ridge)
         if step == 0:
             if not pairs:
                 break  # rounding leaves no descent
@@ -86,12 +91,24 @@ def _two_loop(gradient: Tensor, pairs: Pairs, inverse: Preconditioner) -> Tensor
     return q.neg_()
 
 
-def _line_search(run: Run, point: Point, direction: Tensor, change: Tensor, ridge: float) -> float:
-    """A step at which the slope along the direction is small: |φ'(t)| ≤ ¼ |φ'(0)|, by safeguarded secants on φ'."""
+def _line_search(
+    run: Run, point: Point, direction: Tensor, change: Tensor, answer: Tensor | None, ridge: float
+) -> float:
+    """A step at which the slope along the direction is small: |φ'(t)| ≤ ¼ |φ'(0)|, by safeguarded secants on φ'.
+
+    Args:
+        answer: how the bias moves along the line; None solves it at every trial.
+    """
     cross, square = float((point.weight * direction).sum()), float(direction.square().sum())
+    moves = change if answer is None else change + answer
 
     def slope(t: float) -> float:
-        return run.term.along(point.scores, change, t)[1] + ridge * (cross + t * square)
+        if answer is None:
+            at = run.bias.solve(torch.add(point.raw, change, alpha=t))
+            of_data = run.term.slope(at.gradient, change)
+        else:
+            of_data = run.term.along(point.scores, moves, t)[1]
+        return of_data + ridge * (cross + t * square)
 
     first = float((point.v * direction).sum()) + ridge * cross
     if not first < 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchlin.features import DenseFeatures, FeatureMatrix, available_memory, on_threads
 from torchlin.losses import LOSS_REGISTRY, Loss
 from torchlin.penalties import Penalty
-from torchlin.solvers.hinge import RivalProjection, multipliers
+from torchlin.solvers.hinge import RivalProjection, multipliers, round_corners
 from torchlin.solvers.precondition import Preconditioners
 from torchlin.solvers.problem import Bias, DataTerm
 from torchlin.solvers.proximal import accelerated, proximal_newton
@@ -83,7 +83,7 @@ def solve(
     outputs = loss.outputs(_classes(loss, target.to(x.device), num_classes))
     data = DataTerm(loss, target.to(x.device), outputs, sample_weight)
     # What is left of Σ g is charged to the bound.
-    bias = Bias(data, tol=min(max(1e-5 * tol / outputs, 1e-14), 1e-8))
+    bias = Bias(data, tol=min(max(1e-4 * tol / outputs, 1e-14), 1e-8))
     run = Run(x, data, penalty, tol, max_passes, bias, report, started=started)
     with _same_for_any_threads(x):
         point = _solve(run, weight, warm_start)
@@ -119,6 +119,8 @@ def _solve(run: Run, weight: Tensor | None, warm_start: Solution | Tensor | None
         run.bias.value += warm_start.bias.to(mean) + warm_start.weight.to(mean) @ mean
     if not _penalised(run.penalty) and isinstance(run.data.loss, RivalProjection) and _has_corners(run.data.loss):
         return separate(run, run.data.loss.margin, lambda run, point: _method(run, point, weight))
+    if _has_corners(run.data.loss):
+        round_corners(run)
     point = run.start(warm)
     method: Method | None = None
     for _ in range(3):
@@ -179,6 +181,8 @@ def _in_span(run: Run, weight: Tensor | None) -> Method:
         inner = full.scores(point.weight).double().T @ vectors / roots
         run.features = reduced
         gram = reduced.gram(weight) / run.data.total
+        if run.smoothed is not None:
+            round_corners(run)  # its bundle held gradients with respect to the weights of all features
         point = run.fresh(inner)
         point = _with_gram(run, point, gram)(run, point)
         run.features = full
