@@ -258,3 +258,19 @@ def test_the_benchmark_of_solvers_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert len([row for row in rows if "| torchlin |" in row]) == 10
     assert len([row for row in rows if "| saga |" in row]) == 5
     assert picture.stat().st_size > 10_000
+
+
+def test_the_benchmark_of_large_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "bench_large.py"
+    photos = write_photos(tmp_path / "photos", {f"train/{name}": 40 for name in ("cat", "cow", "dog")})
+    words = ["--scale", "0.002", "--threads", "1", "--root", str(photos)]
+    monkeypatch.setattr("sys.argv", [str(script), *words])
+    runpy.run_path(str(script), run_name="__main__")
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 2 + 2 + 4 + 2 + 1
+    assert float(rows[1][1]) <= 1e-6  # the error of an exact pass
+    assert float(rows[3][1]) <= 1e-4  # every gap of the path
+    monkeypatch.setattr("sys.argv", [str(script), "depth"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "unknown part 'depth'; known: pass, path, hinge, wide, mapped" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from torchlin import (
     SoftmaxLoss,
     SquaredHingeLoss,
 )
+from torchlin.losses import LOSS_REGISTRY
 from torchlin.solvers import NotConvergedError, solve
 
 digits = load_digits()
@@ -133,15 +134,102 @@ def test_hinge_certificate_and_a_linear_program(name: str) -> None:
     assert s.certificate.dual <= found.fun + 1e-7
 
 
-def test_crammer_singer_of_scikit_learn_is_not_below_the_dual() -> None:
+def test_crammer_singer_is_that_of_scikit_learn() -> None:
     lam = 1e-2
-    s = solve(X, Y, CrammerSingerLoss(), L2(lam), tol=1e-4, standardize=False)
     c = 1 / (2 * lam * len(Y))
     rival = LinearSVC(C=c, multi_class="crammer_singer", fit_intercept=False, tol=1e-8, max_iter=100000)
     rival.fit(X.numpy(), Y.numpy())
     theirs = objective(CrammerSingerLoss(), L2(lam), X, Y, torch.tensor(rival.coef_), torch.zeros(10))
-    # Without a bias it can only be worse.
-    assert theirs >= s.certificate.dual
+    s = solve(X, Y, CrammerSingerLoss(), L2(lam), tol=1e-4, standardize=False, bias=False)
+    assert not s.bias.any()
+    assert s.certificate.dual <= theirs * (1 + 1e-9)
+    assert theirs == pytest.approx(s.objective, rel=2e-4)
+    # With a bias it can only be better.
+    assert solve(X, Y, CrammerSingerLoss(), L2(lam), tol=1e-4, standardize=False).objective <= theirs
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_squared_hinge_without_bias_as_ten_binary_problems(penalty: str) -> None:
+    c, n = 0.1, len(Y)
+    for label in range(10):
+        y = (label == Y).long()
+        rival = LinearSVC(C=c, penalty=penalty, dual=False, fit_intercept=False, tol=1e-9, max_iter=100000)
+        row = torch.tensor(rival.fit(X.numpy(), y.numpy()).coef_)
+        # One row w of scores is two rows ∓w/2, with Σ|w| the same and half of Σw².
+        given = L1(1 / (n * c)) if penalty == "l1" else L2(1 / (n * c))
+        s = solve(X, y, "squared_hinge", given, tol=1e-6, standardize=False, bias=False)
+        theirs = objective(SquaredHingeLoss(), given, X, y, torch.cat((-row, row)) / 2, torch.zeros(2))
+        assert theirs == pytest.approx(s.objective, rel=2e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax", "hinge", "logistic"])
+@pytest.mark.parametrize("p", [5, 90])
+def test_without_bias(name: str, p: int) -> None:
+    torch.manual_seed(8)
+    k = 2 if name == "logistic" else 3
+    y = torch.arange(60) % k
+    x = torch.randn(60, p, dtype=torch.float64) + torch.eye(k, p).double()[y] + 0.5
+    loss, tol = LOSS_REGISTRY.make(name), 1e-4 if name == "hinge" else 1e-8
+    s = solve(x, y, name, L2(1e-2), tol=tol, standardize=False, bias=False)
+    assert not s.bias.any()
+    assert objective(loss, L2(1e-2), x, y, s.weight, s.bias) == pytest.approx(s.objective, rel=1e-9)
+    assert s.objective > solve(x, y, name, L2(1e-2), tol=tol, standardize=False).objective
+    if name != "hinge":
+        w = s.weight.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(x @ w.T, y) + L2(1e-2).value(w), w)
+        assert float(slope.abs().max()) < 1e-5
+    with pytest.raises(ValueError, match="centred by the bias, and bias=False leaves it out"):
+        solve(x, y, name, L2(1e-2), bias=False)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("name", HINGES)
+def test_hinges_on_few_samples_do_not_stall(name: str, strength: float) -> None:
+    """Where the biases decide, or the smoothed loss is flat, Newton's steps need a rein."""
+    for seed in range(3):
+        for n, p, k in ((10, 1, 3), (12, 2, 3), (30, 3, 4)):
+            torch.manual_seed(seed)
+            x, y = torch.randn(n, p, dtype=torch.float64), torch.arange(n) % k
+            assert solve(x, y, name, L2(strength), tol=1e-4).passes < 200
+
+
+@pytest.mark.parametrize("name", HINGES)
+def test_hinges_on_separable_data_do_not_stall(name: str) -> None:
+    torch.manual_seed(9)
+    y = (torch.arange(21) >= 10).long()
+    x = torch.randn(21, 36, dtype=torch.float64) + 2.0 * y.unsqueeze(1)
+    assert solve(x, y, name, L2(1e-3), tol=1e-3).passes < 60
+
+
+def test_the_biases_of_many_classes() -> None:
+    torch.manual_seed(10)
+    k, n = 100, 4000
+    y = torch.multinomial(torch.linspace(1, 5, k), n, replacement=True)
+    y[:k] = torch.arange(k)
+    x = torch.randn(k, 8, dtype=torch.float64)[y] + torch.randn(n, 8, dtype=torch.float64)
+    s = solve(x, y, "softmax", L2(1e-3), tol=1e-7)
+    assert s.passes < 30
+    residual = torch.softmax(x @ s.weight.T + s.bias, 1).mean(0) - torch.bincount(y) / n
+    assert float(residual.abs().max()) < 1e-9
+
+
+def test_l1_with_too_many_non_zeros_for_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchlin.solvers.precondition._UNKNOWNS", 10)
+    polished = solve(X, Y, "softmax", L1(1e-3), tol=1e-5)
+    monkeypatch.setattr("torchlin.solvers.proximal._SUPPORT", 10)
+    alternated = solve(X, Y, "softmax", L1(1e-3), tol=1e-5)
+    for s in (polished, alternated):
+        assert s.converged
+        assert 0.2 < float((s.weight == 0).double().mean()) < 0.9
+    assert alternated.objective == pytest.approx(polished.objective, rel=1e-5)
+
+
+def test_a_wide_problem_takes_little_memory() -> None:
+    torch.manual_seed(11)
+    x, y = torch.randint(0, 256, (20, 606_600), dtype=torch.uint8), torch.arange(20) % 3
+    s = solve(x, y, "softmax", L2(1e-3), tol=1e-6)
+    assert s.converged
+    assert s.weight.shape == (3, 606_600)
 
 
 @pytest.mark.parametrize("name", HINGES)

@@ -99,6 +99,7 @@ class _Problem:
 class _Classifier(ClassifierMixin, BaseEstimator):
     """What all of them share: one fit, one decision."""
 
+    fit_intercept: bool
     standardize: bool
     class_weight: Any
     max_iter: int
@@ -173,6 +174,7 @@ class _Single(_Classifier):
         *,
         l1_ratio: float = 0.0,
         penalty: Penalty | None = None,
+        fit_intercept: bool = True,
         standardize: bool = False,
         class_weight: Any = None,
         max_iter: int = 1000,
@@ -183,6 +185,7 @@ class _Single(_Classifier):
         self.C = C
         self.l1_ratio = l1_ratio
         self.penalty = penalty
+        self.fit_intercept = fit_intercept
         self.standardize = standardize
         self.class_weight = class_weight
         self.max_iter = max_iter
@@ -206,6 +209,7 @@ class _Searched(_Classifier):
         criterion: Criterion = "accuracy",
         l1_ratio: float = 0.0,
         penalty: Callable[[float], Penalty] | None = None,
+        fit_intercept: bool = True,
         standardize: bool = False,
         class_weight: Any = None,
         max_iter: int = 1000,
@@ -217,6 +221,7 @@ class _Searched(_Classifier):
         self.criterion = criterion
         self.l1_ratio = l1_ratio
         self.penalty = penalty
+        self.fit_intercept = fit_intercept
         self.standardize = standardize
         self.class_weight = class_weight
         self.max_iter = max_iter
@@ -240,7 +245,8 @@ class _Searched(_Classifier):
         path = solve_path(
             problem.features, problem.target, problem.loss, lambda s: problem.on_rows(family(s)), strengths=strengths,
             num=num or 1, folds=[torch.from_numpy(at[at >= 0]) for at in places], criterion=self.criterion,
-            tol=self.tol, max_passes=self.max_iter, sample_weight=problem.weight, on_failure="return",
+            tol=self.tol, max_passes=self.max_iter, bias=self.fit_intercept, sample_weight=problem.weight,
+            on_failure="return",
         )  # fmt: skip
         index = cast("int", path.index)
         chosen = path.strengths[index]
@@ -310,6 +316,7 @@ _PARAMETERS = """
         C: inverse strength, > 0, with scikit-learn's meaning; infinite for no penalty.
         l1_ratio: ρ in [0, 1], scikit-learn's share of the L1 part.
         penalty: a torchlin penalty such as `L2(1e-3)`, which replaces both.
+        fit_intercept: False leaves the intercept at 0; `standardize`, which centres, is then an error.
         standardize: put the penalty on the weights of standardised features. `coef_` acts on X as it is, all the same.
         class_weight: None, "balanced" or a mapping from labels to weights.
         max_iter: passes over the data.
@@ -330,7 +337,7 @@ _PARAMETERS_CV = """
         criterion: "accuracy" or "loss"; of equals the strongest penalty.
         l1_ratio: ρ in [0, 1], scikit-learn's share of the L1 part.
         penalty: λ ↦ torchlin penalty, such as `L1`, which replaces both: `Cs` then means the λ, or how many of them.
-        standardize, class_weight, max_iter, tol, device: see the class without CV.
+        fit_intercept, standardize, class_weight, max_iter, tol, device: see the class without CV.
 
     Attributes:
         C_, Cs_: the chosen C and all of them, if C was searched. strength_: the chosen λ.
@@ -369,6 +376,7 @@ class LinearSVMClassifier(_SVM, _Single):
         loss: SVMLoss = "hinge",
         l1_ratio: float = 0.0,
         penalty: Penalty | None = None,
+        fit_intercept: bool = True,
         standardize: bool = False,
         class_weight: Any = None,
         max_iter: int = 1000,
@@ -377,8 +385,8 @@ class LinearSVMClassifier(_SVM, _Single):
         device: Any = None,
     ) -> None:
         super().__init__(
-            C, l1_ratio=l1_ratio, penalty=penalty, standardize=standardize, class_weight=class_weight,
-            max_iter=max_iter, tol=tol, warm_start=warm_start, device=device,
+            C, l1_ratio=l1_ratio, penalty=penalty, fit_intercept=fit_intercept, standardize=standardize,
+            class_weight=class_weight, max_iter=max_iter, tol=tol, warm_start=warm_start, device=device,
         )  # fmt: skip
         self.loss = loss
 
@@ -395,6 +403,7 @@ class LinearSVMClassifierCV(_SVM, _Searched):
         criterion: Criterion = "accuracy",
         l1_ratio: float = 0.0,
         penalty: Callable[[float], Penalty] | None = None,
+        fit_intercept: bool = True,
         standardize: bool = False,
         class_weight: Any = None,
         max_iter: int = 1000,
@@ -402,8 +411,8 @@ class LinearSVMClassifierCV(_SVM, _Searched):
         device: Any = None,
     ) -> None:
         super().__init__(
-            Cs, cv=cv, criterion=criterion, l1_ratio=l1_ratio, penalty=penalty, standardize=standardize,
-            class_weight=class_weight, max_iter=max_iter, tol=tol, device=device,
+            Cs, cv=cv, criterion=criterion, l1_ratio=l1_ratio, penalty=penalty, fit_intercept=fit_intercept,
+            standardize=standardize, class_weight=class_weight, max_iter=max_iter, tol=tol, device=device,
         )  # fmt: skip
         self.loss = loss
 
@@ -433,7 +442,8 @@ def _polished(estimator: _Classifier, problem: _Problem, penalty: Penalty, start
     def run(tol: float, passes: float, warm: Solution | None) -> Solution:
         return solve(
             problem.features, problem.target, problem.loss, given, num_classes=len(problem.classes), tol=tol,
-            max_passes=passes, sample_weight=problem.weight, warm_start=warm, on_failure="return",
+            max_passes=passes, bias=estimator.fit_intercept, sample_weight=problem.weight, warm_start=warm,
+            on_failure="return",
         )  # fmt: skip
 
     found = run(estimator.tol, estimator.max_iter, start)

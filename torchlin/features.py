@@ -580,9 +580,7 @@ def on_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _exact_product(
-    v: Tensor, q: Tensor, limbs: bool, threads: int | None = None, wide: Tensor | None = None
-) -> Tensor:
+def _exact_product(v: Tensor, q: Tensor, limbs: bool, threads: int | None = None, wide: Tensor | None = None) -> Tensor:
     """Σ v q, (k, m) in float64, from v (m, t) in int8 and q (k, t) in int32: integers below 2⁵³, exactly.
 
     Args:

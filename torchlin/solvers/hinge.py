@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchlin.solvers.bundle import Bundle
 from torchlin.solvers.precondition import Preconditioners
-from torchlin.solvers.problem import Bias, DataTerm
+from torchlin.solvers.problem import DataTerm
 from torchlin.solvers.smooth import MEMORY, Pairs, lbfgs
 from torchlin.solvers.state import Point, Run
 
@@ -111,4 +111,4 @@ def multipliers(run: Run, point: Point, gram: Tensor | None) -> Point:
 
 def _set(run: Run, smoothed: SmoothedTerm) -> None:
     run.smoothed = smoothed
-    run.bias = Bias(smoothed, run.bias.value, run.bias.tol)
+    run.bias = run.bias.of(smoothed)

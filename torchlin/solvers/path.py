@@ -72,6 +72,7 @@ def solve_path(
     tol: float = 1e-4,
     max_passes: float = 1000,
     standardize: bool = True,
+    bias: bool = True,
     class_weight: Tensor | Sequence[float] | None = None,
     sample_weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -86,7 +87,7 @@ def solve_path(
     Gram matrix, from which only that of the part is subtracted, and start at the solution on everything.
 
     Args:
-        features, target, loss, num_classes, standardize, class_weight, sample_weight, dtype, device: as in `solve`.
+        features, target, loss, num_classes, standardize, bias, class_weight, sample_weight, dtype, device: see `solve`.
         penalty: λ ↦ penalty: `L2`, `L1`, or `lambda strength: ElasticNet(strength, 0.3)`.
         strengths: the λ themselves, > 0, in any order; `num` and `ratio` then do not count.
         validation: (features, target) to choose λ on.
@@ -118,7 +119,8 @@ def solve_path(
     target = target.to(x.device)
     parts = None if folds is None else _parts(folds, target, loss, seed)
     if strengths is None:
-        strengths = _grid(strength_max(x, target, loss, penalty, sample_weight=sample_weight), num, ratio)
+        first = strength_max(x, target, loss, penalty, sample_weight=sample_weight, bias=bias)
+        strengths = _grid(first, num, ratio)
     else:
         strengths = sorted((float(s) for s in strengths), reverse=True)
         if not strengths or not strengths[-1] > 0:
@@ -129,7 +131,7 @@ def solve_path(
         for i, strength in enumerate(strengths):
             warm = starts[i] if starts is not None else _ahead(before)
             found = solve(
-                x, target, loss, penalty(strength), num_classes=k, tol=tol, max_passes=max_passes,
+                x, target, loss, penalty(strength), num_classes=k, tol=tol, max_passes=max_passes, bias=bias,
                 sample_weight=weight, warm_start=warm, on_failure=on_failure,
             )  # fmt: skip
             before = [*before[-1:], found]
@@ -177,7 +179,7 @@ def solve_path(
         chosen = solve(
             _joined(features, validation[0]), torch.cat((target, validation[1].to(target))), loss,
             penalty(strengths[index]), num_classes=k, tol=tol, max_passes=max_passes, standardize=standardize,
-            sample_weight=weights, warm_start=chosen, dtype=dtype, device=device, on_failure=on_failure,
+            bias=bias, sample_weight=weights, warm_start=chosen, dtype=dtype, device=device, on_failure=on_failure,
         )  # fmt: skip
         passes += chosen.passes
     return PathResult(
@@ -194,6 +196,7 @@ def strength_max(
     penalty: Callable[[float], Penalty],
     *,
     sample_weight: Tensor | None = None,
+    bias: bool = True,
 ) -> float:
     """Where a path starts. With V = ∇W of the data term at W = 0, the bias being solved:
 
@@ -207,7 +210,8 @@ def strength_max(
     data = DataTerm(loss, target, k, sample_weight)
     zero = torch.zeros(k, len(target), dtype=torch.float64, device=features.device).T
     at_zero = data.value(zero)
-    gradient = data.gradient(zero) if loss.smoothness(k) is None else Bias(data).solve(zero).gradient
+    free = bias and loss.smoothness(k) is not None
+    gradient = Bias(data).solve(zero).gradient if free else data.gradient(zero)
     v = features.gradient(data.weighted(gradient))[:, :-1].double()
     alpha = penalty(1.0).alpha
     found = float(v.abs().max()) / alpha if alpha > 0 else float(v.square().sum()) / (4 * at_zero)

@@ -24,7 +24,7 @@ class Preconditioners:
         self.run, self.gram = run, gram
         self.ridge = 0.0 if run.penalty is None else 2 * run.penalty.l2
         self._built: tuple[float, Preconditioner] | None = None
-        self._x = ones_appended(run) if is_small(run) else None
+        self._x = bias_appended(run) if is_small(run) else None
 
     @property
     def exact(self) -> bool:
@@ -52,10 +52,10 @@ def is_small(run: Run) -> bool:
     return k * (p + 1) <= _UNKNOWNS and n * (k * (p + 1)) ** 2 <= _WORK
 
 
-def ones_appended(run: Run) -> Tensor:
-    """[X̃ 1] in float64, (n, p + 1)."""
+def bias_appended(run: Run) -> Tensor:
+    """[X̃ 1] in float64, (n, p + 1); without a bias [X̃ 0]."""
     rows = run.features.rows(slice(0, run.features.shape[0])).double()
-    return torch.cat((rows, rows.new_ones(len(rows), 1)), 1)
+    return torch.cat((rows, rows.new_full((len(rows), 1), run.bias.column)), 1)
 
 
 def gram_inverse(gram: Tensor, curvature: float, ridge: float) -> Preconditioner:

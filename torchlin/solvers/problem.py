@@ -172,6 +172,9 @@ class Bias:
     each step shows of it (BFGS).
     """
 
+    # What stands beside a sample's features for the bias.
+    column = 1.0
+
     def __init__(self, data: DataTerm, value: Tensor | None = None, tol: float = 1e-11) -> None:
         self.data = data
         self.value = torch.zeros(data.outputs, dtype=torch.float64, device=data.target.device)
@@ -179,6 +182,14 @@ class Bias:
             self.value += value
         self.tol = tol
         self._hessian: Tensor | None = None
+
+    def of(self, data: DataTerm) -> Bias:
+        """The same for another data term, from the present value on."""
+        return type(self)(data, self.value, self.tol)
+
+    def start(self, value: Tensor) -> None:
+        """Go on from this value, (k,)."""
+        self.value = self.value + value
 
     def solve(self, scores: Tensor) -> Evaluated:
         """The data term with the bias; Σ s_i g_i / N is then at most `tol` in every class."""
@@ -195,8 +206,10 @@ class Bias:
             value = self.value + step
             trial = self.data.evaluate(scores, value)
             now = float(trial.residual.abs().max())
-            # A convex function may well fall while its gradient grows, and near the minimum only the latter can be seen.
-            if now < size or trial.value < at.value + 1e-4 * float(step @ at.residual):
+            # A convex function may well fall while its gradient grows, and near the minimum only the latter can be
+            # seen; but far out, where the function is linear, the gradient may be smaller too.
+            falls = trial.value < at.value + 1e-4 * float(step @ at.residual)
+            if falls or (now < size and trial.value <= at.value + 1e-10 * abs(at.value)):
                 s, y = step, trial.residual - at.residual
                 self.value, at = value, trial
                 damping = 0.0 if now < 0.25 * size else damping / 4
@@ -247,3 +260,19 @@ class Bias:
         slopes = [(self.data.residual(z + move, some) - base) / step for move in moves]
         hessian = torch.stack(slopes) * max(1.0, n / count)
         return (hessian + hessian.T) / 2
+
+
+class NoBias(Bias):
+    """No bias: it stays 0, and nothing asks for Σ s_i g_i = 0."""
+
+    column = 0.0
+
+    def solve(self, scores: Tensor) -> Evaluated:
+        at = self.data.evaluate(scores)
+        return at._replace(residual=torch.zeros_like(at.residual))
+
+    def response(self, scores: Tensor, change: Tensor, *, exact: bool) -> Tensor:
+        return torch.zeros_like(self.value)
+
+    def start(self, value: Tensor) -> None:
+        pass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchlin.penalties import Penalty
-from torchlin.solvers.precondition import hessian_matrix, is_small, ones_appended
+from torchlin.solvers.precondition import bias_appended, hessian_matrix, is_small
 from torchlin.solvers.state import Point, Run
 
 # Largest number of non-zeros for which their equations are solved by one factorisation.
@@ -178,7 +178,7 @@ def proximal_newton(
     penalty = run.penalty
     assert penalty is not None
     coupled = run.data.outputs > 1 and float(point.gradient.sum(1).abs().max()) < 1e-9
-    small = ones_appended(run) if is_small(run) else None
+    small = bias_appended(run) if is_small(run) else None
     if small is None:
         shifted = gram.double() + shift * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         kind = torch.float32 if len(gram) > _LARGE else torch.float64

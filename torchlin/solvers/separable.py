@@ -11,7 +11,7 @@ from torch import Tensor
 from torchlin.losses import Loss, SquaredHingeLoss
 from torchlin.penalties import L2
 from torchlin.solvers.certificate import Certificate
-from torchlin.solvers.problem import Bias, DataTerm
+from torchlin.solvers.problem import DataTerm
 from torchlin.solvers.state import Point, Run
 
 # Strengths at which a separating W is looked for, one after the other.
@@ -84,7 +84,7 @@ def separate(run: Run, margin: float, solver: Callable[[Run, Point], Callable[[R
     data = copy.copy(run.data)
     data.loss = SquaredHingeLoss(margin=margin)
     weight: Tensor | None = None
-    bias = Bias(data, tol=1e-9)
+    bias = type(run.bias)(data, tol=1e-9)
     for strength in _STRENGTHS:
         inner = Run(run.features, data, L2(strength), 1e-2, run.max_passes - run.passes, bias, started=run.started)
         point = inner.start(weight)

@@ -52,8 +52,8 @@ def lbfgs(run: Run, point: Point, precondition: Preconditioners, pairs: Pairs | 
         if free:
             direction = direction - direction.mean(0)
         change = run.scores(direction)
-        # Along the line the bias goes with the scores, or Newton's step would look too long; to first order, unless that
-        # carries no further than a corner of the loss.
+        # Along the line the bias goes with the scores, or Newton's step would look too long; to first order, unless
+        # that carries no further than a corner of the loss.
         answer = run.bias.response(point.scores, change, exact=precondition.exact)
         step = _line_search(run, point, direction, change, answer, ridge)
         if step < _SHORT_STEP and precondition.exact and point.certificate.gap > _FAR:

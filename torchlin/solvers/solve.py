@@ -17,7 +17,7 @@ from torchlin.losses import LOSS_REGISTRY, Loss
 from torchlin.penalties import Penalty
 from torchlin.solvers.hinge import RivalProjection, multipliers, round_corners
 from torchlin.solvers.precondition import Preconditioners
-from torchlin.solvers.problem import Bias, DataTerm
+from torchlin.solvers.problem import Bias, DataTerm, NoBias
 from torchlin.solvers.proximal import accelerated, proximal_newton
 from torchlin.solvers.separable import run_unless_separable, separate
 from torchlin.solvers.smooth import lbfgs
@@ -37,6 +37,7 @@ def solve(
     tol: float = 1e-4,
     max_passes: float = 1000,
     standardize: bool = True,
+    bias: bool = True,
     class_weight: Tensor | Sequence[float] | None = None,
     sample_weight: Tensor | None = None,
     warm_start: Solution | None = None,
@@ -60,6 +61,7 @@ def solve(
         max_passes: what may be spent on it; the Gram matrix does not count.
         standardize, dtype, device: see `FeatureMatrix.of`. Where float32 cannot certify `tol` and no dtype is asked
             for, float64 is used.
+        bias: False leaves it out. Features are then not centred: `standardize=False`.
         class_weight, sample_weight: s_i is their product, and N = Σ s_i.
         warm_start: a solution for the same features.
         on_failure: "raise", or "return" what was reached with `converged=False`.
@@ -69,7 +71,8 @@ def solve(
         NotConvergedError: the tolerance was not met; the error holds what was reached.
         TypeError: the perceptron loss; a hinge loss with an L1 part; labels that are not integers.
         ValueError: labels out of range, a class that never occurs, bad features, tol ≤ 0; without penalty, softmax or
-            logistic loss on separable data, which has no minimiser, and a hinge loss on data that are not separable.
+            logistic loss on separable data, which has no minimiser, and a hinge loss on data that are not separable; a
+            bias left out of centred features.
     """
     started = time.perf_counter()
     if not tol > 0:
@@ -83,8 +86,11 @@ def solve(
     outputs = loss.outputs(_classes(loss, target.to(x.device), num_classes))
     data = DataTerm(loss, target.to(x.device), outputs, sample_weight)
     # What is left of Σ g is charged to the bound.
-    bias = Bias(data, tol=min(max(1e-4 * tol / outputs, 1e-14), 1e-8))
-    run = Run(x, data, penalty, tol, max_passes, bias, report, started=started)
+    if not bias and bool(x.standardization.mean.any()):
+        raise ValueError("features are centred by the bias, and bias=False leaves it out: give standardize=False too")
+    left = min(max(1e-4 * tol / outputs, 1e-14), 1e-8)
+    solved = Bias(data, tol=left) if bias else NoBias(data)
+    run = Run(x, data, penalty, tol, max_passes, solved, report, started=started)
     with _same_for_any_threads(x):
         point = _solve(run, weight, warm_start)
         if x.dtype == torch.float32 and math.isfinite(point.certificate.dual):
@@ -116,7 +122,7 @@ def _solve(run: Run, weight: Tensor | None, warm_start: Solution | Tensor | None
     if isinstance(warm_start, Solution):
         mean, std = run.features.standardization
         warm = warm_start.weight.to(mean) * std
-        run.bias.value += warm_start.bias.to(mean) + warm_start.weight.to(mean) @ mean
+        run.bias.start(warm_start.bias.to(mean) + warm_start.weight.to(mean) @ mean)
     if not _penalised(run.penalty) and isinstance(run.data.loss, RivalProjection) and _has_corners(run.data.loss):
         return separate(run, run.data.loss.margin, lambda run, point: _method(run, point, weight))
     if _has_corners(run.data.loss):

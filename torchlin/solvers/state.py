@@ -98,9 +98,11 @@ class Run:
             found = replace(found, dual=max(found.dual, self.bundle.add(rest, v)))
         found = self._with_best_bound(found)
         point = Point(weight, raw, scores, gradient, v, value, primal, found, self.bias.value)
-        if self.best is None or primal < self.best.primal:
+        if self.smoothed is None:
+            pass  # the last is the best, and another would take memory
+        elif self.best is None or primal < self.best.primal:
             self.best = point
-        elif self.smoothed is not None:
+        else:
             found = self._with_best_bound(replace(found, primal=self.best.primal))
             point.certificate = found
         progress = Progress(self.passes, time.perf_counter() - self.started, found.primal, found.gap)
