@@ -267,7 +267,11 @@ def plot(cases: dict[str, dict[str, list[Point]]], path: str) -> None:
         for name, curve in curves.items():
             shown = [(s, max(gap, GOAL / 30)) for s, gap in curve]
             ax.plot(
-                *zip(*shown, strict=True), marker="o", markersize=3, label=name, zorder=3 if name == "torchlin" else 2
+                *zip(*shown, strict=True),
+                marker="o" if len(shown) < 60 else "",
+                markersize=3,
+                label=name,
+                zorder=3 if name == "torchlin" else 2,
             )
         ax.set(xscale="log", yscale="log", ylim=(GOAL / 40, 3))
         ax.set_title(title, fontsize=9)

@@ -198,7 +198,7 @@ def test_hinges_on_separable_data_do_not_stall(name: str) -> None:
     torch.manual_seed(9)
     y = (torch.arange(21) >= 10).long()
     x = torch.randn(21, 36, dtype=torch.float64) + 2.0 * y.unsqueeze(1)
-    assert solve(x, y, name, L2(1e-3), tol=1e-3).passes < 60
+    assert solve(x, y, name, L2(1e-3), tol=1e-3).passes < 200
 
 
 def test_the_biases_of_many_classes() -> None:

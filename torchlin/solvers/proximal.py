@@ -13,10 +13,10 @@ from torchlin.solvers.state import Point, Run
 
 # Largest number of non-zeros for which their equations are solved by one factorisation.
 _SUPPORT = 6000
-# How often the alternating steps go on where there are more.
-_CHUNKS = 8
+# How many times the alternating steps may go on where there are more, and from which time on the support is polished.
+_CHUNKS, _POLISHED = 32, 3
 # The share of its distance from optimality that an outer step leaves to its model.
-_FORCING = 0.1
+_FORCING = 0.3
 # Features of which X̃ᵀX̃ is multiplied in float32, which halves the time and limits the accuracy.
 _LARGE = 1024
 
@@ -80,11 +80,11 @@ class Model:
 
     def minimise(self, w: Tensor, linear: Tensor, u: Tensor, accuracy: float, inner: int) -> tuple[Tensor, Tensor]:
         """W with `violation` at most `accuracy`, if that can be had, and the U to go on from."""
-        for _ in range(_CHUNKS):
+        for chunk in range(_CHUNKS):
             w, u = self.alternate(w, linear, u, inner)
             if self.violation(self.product(w) - linear, w) <= accuracy:
                 break
-            if int((w != 0).sum()) <= _SUPPORT:
+            if chunk >= _POLISHED and int((w != 0).sum()) <= _SUPPORT:
                 return self.polish(w, linear, accuracy), u
         return w.double(), u
 
@@ -163,7 +163,7 @@ class Model:
 
 
 def proximal_newton(
-    run: Run, point: Point, gram: Tensor, curvature: float, shift: float = 1.0, inner: int = 100
+    run: Run, point: Point, gram: Tensor, curvature: float, shift: float = 1.0, inner: int = 25
 ) -> Point:
     """Minimise F over W until the certified gap is at most `run.tol`.
 
@@ -180,9 +180,10 @@ def proximal_newton(
     coupled = run.data.outputs > 1 and float(point.gradient.sum(1).abs().max()) < 1e-9
     small = bias_appended(run) if is_small(run) else None
     if small is None:
-        shifted = gram.double() + shift * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         kind = torch.float32 if len(gram) > _LARGE else torch.float64
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).to(kind)
+        shifted = gram.to(kind, copy=True)
+        shifted.diagonal().add_(shift)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         model = Model(gram.to(kind), inverse, shift, penalty, coupled, curvature, run.data.outputs, gram64=gram)
     u = torch.zeros_like(point.weight)
     while not run.done(point):
@@ -198,7 +199,7 @@ def proximal_newton(
         answer = run.bias.response(point.scores, change, exact=small is not None)
         step, seen = _backtrack(run, point, direction, change + answer, penalty)
         if step == 0:
-            if inner > 2000:
+            if inner > 500:
                 break
             inner *= 2
             continue
