@@ -28,6 +28,11 @@ class Certificate:
     reason: str = ""
 
 
+def bias_bound(bias: Tensor) -> float:
+    """B: far more than any |b_j| near the optimum. What is left of Σ s_i g_i/N is charged to D with this factor."""
+    return 10 * (1 + float(bias.abs().max()))
+
+
 def conjugate_penalty(penalty: Penalty | None, v: Tensor) -> float:
     """λR* at V: sup_W −⟨W, V⟩ − λR(W).
 
@@ -56,7 +61,7 @@ def certificate(
         value: the data term at the scores; primal: that and the penalty; at_zero: F(0).
         exact: the gradient is the loss's own at the scores; if not (a smoothed loss's), the loss declares its dual.
     """
-    bound = 10 * (1 + float(bias.abs().max()))
+    bound = bias_bound(bias)
     scores, _, gradient, charged = at
     residual = float(charged.abs().sum())
     l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
