@@ -74,13 +74,10 @@ class Peak:
         return (self.largest - self.before) / 1e6
 
 
-def median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def one_pass(x: Tensor, y: Tensor) -> Iterator[Row]:
@@ -99,7 +96,7 @@ def one_pass(x: Tensor, y: Tensor) -> Iterator[Row]:
     def theirs() -> None:
         F.cross_entropy(layer(ready), y).backward()
 
-    rounds = [(median_seconds(ours, 1), median_seconds(theirs, 1)) for _ in range(8)][1:]
+    rounds = [(seconds_of(ours), seconds_of(theirs)) for _ in range(8)][1:]
     ratio = statistics.median(a / b for a, b in rounds)
     seconds = statistics.median(a for a, _ in rounds)
     kind = "int8" if int8_products("cpu") else "float64"

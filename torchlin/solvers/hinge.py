@@ -100,12 +100,12 @@ def multipliers(run: Run, point: Point, gram: Tensor | None) -> Point:
         if point.certificate.gap <= run.tol or run.spent:
             return run.best or point
         margin = smoothed.hinge.margin
-        share = width = smoothed.width / margin
+        share = smoothed.width / margin
         if share > _LEAST or (run.passes - begun < _SHORT and share > _NARROWEST):
             # A short stage could have taken a longer step.
             pairs.clear()
-            width = share * _SHRINK
-        _set(run, SmoothedTerm(run.data, smoothed.hinge, width * margin, smoothed.rivals(point.scores)))
+            share *= _SHRINK
+        _set(run, SmoothedTerm(run.data, smoothed.hinge, share * margin, smoothed.rivals(point.scores)))
         point = run.point(point.weight, point.raw)
 
 

@@ -181,10 +181,11 @@ def proximal_newton(
     small = bias_appended(run) if is_small(run) else None
     if small is None:
         kind = torch.float32 if len(gram) > _LARGE else torch.float64
-        shifted = gram.to(kind, copy=True)
+        rounded = gram.to(kind)
+        shifted = rounded.clone()
         shifted.diagonal().add_(shift)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        model = Model(gram.to(kind), inverse, shift, penalty, coupled, curvature, run.data.outputs, gram64=gram)
+        model = Model(rounded, inverse, shift, penalty, coupled, curvature, run.data.outputs, gram64=gram)
     u = torch.zeros_like(point.weight)
     while not run.done(point):
         if small is not None:
