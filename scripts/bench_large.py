@@ -25,23 +25,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from cifar10 import train_pixels
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchlin import L2, FeatureMatrix, Solution, solve, solve_path
-from torchlin.features import int8_products
+from torchlin.integers import int8_products
 
 Row = tuple[str, str, str]
-
-
-def cifar10(root: str | None) -> tuple[Tensor, Tensor]:
-    if root is None:
-        raise SystemExit("this part needs --root FOLDER")
-    from torchlin.data import ImageFolderDataModule
-
-    data = ImageFolderDataModule(root, val_fraction=0)
-    inputs, targets = (torch.cat(parts) for parts in zip(*data.train_dataloader(), strict=True))
-    return inputs.flatten(1), targets
 
 
 def anonymous_memory() -> int:
@@ -179,7 +170,7 @@ def main() -> None:
         parser.error(f"unknown part {unknown.pop()!r}; known: {', '.join(names)}")
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads\n\n| | measured | promised |\n|---|---|---|")
-    data = cifar10(options.root) if {"pass", "path", "hinge"} & set(options.parts) else None
+    data = train_pixels(options.root) if {"pass", "path", "hinge"} & set(options.parts) else None
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "wide": lambda: wide(options.scale), "mapped": lambda: mapped(options.scale)
     }  # fmt: skip

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchlin.features import FeatureMatrix, PixelFeatures, int8_products
+from torchlin.features import FeatureMatrix, PixelFeatures
+from torchlin.integers import int8_products
 
 N, P, K = 203, 37, 3
 

@@ -17,12 +17,12 @@ PACKAGE = Path(torchlin.__file__).parent
 
 # From low to high: a file imports from lines above its own, and from its own line without cycles.
 LAYERS = (
-    ("registry", "version"),
+    ("registry", "version", "machine"),
     ("autograd",),
     ("loss",),
     ("losses", "penalties"),
     ("functional", "heads"),
-    ("storage", "fused"),
+    ("storage", "fused", "integers"),
     ("optim", "features"),
     ("objective",),
     ("solvers",),

@@ -3,42 +3,26 @@
 Solvers and certificates need four products of X̃ and nothing else, so data of any kind (floats, pixels, sparse rows,
 tensors mapped from a file) look the same to them. Everything is read in blocks of rows.
 
-Pixels are multiplied in exact integer arithmetic. A byte minus 128 is an int8 v, exactly. The other factor, a weight or
-a score gradient, is rounded once to 30-bit integers q (per class, relative to the largest), and V = Σ v q is then
-computed without any rounding, either as four products with the bytes of q on int8 hardware or as one in float64: with
-|v| ≤ 2⁷, |q| ≤ 2²⁹ and at most 2¹⁶ terms every partial sum stays below 2⁵³. The two ways agree in every bit, so the
-result does not depend on the machine or on the number of threads. Standardisation is applied to V afterwards, with the
-same rounded q, so nothing cancels.
+Pixels are multiplied exactly (see `torchlin.integers`); standardisation is applied to the products afterwards, with the
+same rounded factor, so nothing cancels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchlin.heads import Standardization
+from torchlin.integers import TERMS, exact_product, int8_fits, int8_products, rounded
+from torchlin.machine import available_memory, on_threads
 
 __all__ = ["DenseFeatures", "FeatureMatrix", "PixelFeatures", "SparseFeatures"]
 
 # Bytes of a block of rows: small enough for temporaries to stay in a cache, large enough to keep the kernels busy.
 _BLOCK_BYTES = 1 << 23
-# int32 sums of products of int8 hold 131,071 terms at most.
-_TERMS = 1 << 16
-# |q| ≤ 2²⁹ leaves room for the carries of the four bytes.
-_LARGEST = float(1 << 29)
-# Adding this and flipping the same bits turns the bytes of an int32 into signed digits: q = Σ digit_i 256^i.
-_DIGITS = 0x00808080
-# What lies between two products is handled in blocks of this many samples, which stay in a cache.
-_ROWS = 4096
 # A symmetric product is formed in panels of at least so many columns, of which each is multiplied with the rest only.
 _PANEL = 256
 # Up to this size pixels are copied once, shifted; larger ones may be mapped from a file and are shifted block by block.
@@ -152,7 +136,7 @@ class FeatureMatrix:
     def blocks(self) -> Iterator[slice]:
         """All rows, in fixed blocks."""
         n, p = self.shape
-        step = max(1, min(_TERMS, _BLOCK_BYTES // (p * self._itemsize())))
+        step = max(1, min(TERMS, _BLOCK_BYTES // (p * self._itemsize())))
         for start in range(0, n, step):
             yield slice(start, min(n, start + step))
 
@@ -277,12 +261,12 @@ class PixelFeatures(FeatureMatrix):
 
     def scores(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = weight.to(self.device, torch.float64) / self._std
-        q, unit = _rounded(weight)
+        q, unit = rounded(weight)
         q_mean = (q * self._mean).sum(1)
         n, k = self.shape[0], len(weight)
         offset = -(q_mean * unit) if bias is None else bias.to(q_mean) - q_mean * unit
         out = torch.empty(k, n, dtype=self.dtype, device=self.device)
-        spans = [slice(i, i + _TERMS) for i in range(0, self.shape[1], _TERMS)]
+        spans = [slice(i, i + TERMS) for i in range(0, self.shape[1], TERMS)]
         for block in self._large_blocks(k):
             v = self._shifted(block)
             total = self._product(v[:, spans[0]], q[:, spans[0]])
@@ -292,7 +276,7 @@ class PixelFeatures(FeatureMatrix):
         return out.T
 
     def gradient(self, score_gradient: Tensor) -> Tensor:
-        q, unit = _rounded(score_gradient.to(self.device, torch.float64).T)
+        q, unit = rounded(score_gradient.to(self.device, torch.float64).T)
         k = len(q)
         total = torch.zeros(k, self.shape[1], dtype=torch.int64, device=self.device)
         for block in self._large_blocks(k):
@@ -304,10 +288,10 @@ class PixelFeatures(FeatureMatrix):
         return out.to(self.dtype)
 
     def _product(self, v: Tensor, q: Tensor) -> Tensor:
-        """`_exact_product`, with room for float64 rows that is used again: new memory costs more than the product."""
+        """`exact_product`, with room for float64 rows that is used again: new memory costs more than the product."""
         if not self._limbs and self._wide.numel() < v.numel():
             self._wide = torch.empty(v.numel(), dtype=torch.float64, device=self.device)
-        return _exact_product(v, q, self._limbs, self.threads, self._wide)
+        return exact_product(v, q, self._limbs, self.threads, self._wide)
 
     def gram(self, weight: Tensor | None = None) -> Tensor:
         if weight is not None:
@@ -321,11 +305,11 @@ class PixelFeatures(FeatureMatrix):
         sums = torch.zeros(p, dtype=torch.float64, device=self.device)
         n = self.shape[0]
         # Larger blocks than elsewhere: the (p, p) sum is added to once for each.
-        step = _TERMS if self._limbs else 1024
+        step = TERMS if self._limbs else 1024
         step = max(1, min(step, (1 << 28) // p))
         for start in range(0, n, step):
             v = self._shifted(slice(start, min(n, start + step)))
-            if self._limbs and _int8_fits(v.T, p):
+            if self._limbs and int8_fits(v.T, p):
                 _add_square(total, v)
             else:
                 for part in v.split(1024):
@@ -358,7 +342,7 @@ class PixelFeatures(FeatureMatrix):
     def _large_blocks(self, k: int) -> Iterator[slice]:
         """All rows in blocks for products with k columns: as large as they may be where they need no copy."""
         n, p = self.shape
-        step = min(_TERMS, max(1024, _COPY_BYTES // 16 // k))
+        step = min(TERMS, max(1024, _COPY_BYTES // 16 // k))
         if not (self._own and self._limbs):
             step = max(1, min(step, _BLOCK_BYTES // (p * self._itemsize())))
         for start in range(0, n, step):
@@ -495,23 +479,6 @@ class SparseFeatures(FeatureMatrix):
         return Standardization(mean, _scale(variance, mean, 1.0))
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be taken now without swapping, as far as the system tells; otherwise 2 GiB."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        line = next(v for v in Path("/proc/meminfo").read_text().splitlines() if v.startswith("MemAvailable"))
-        limits.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit
-        root = Path("/sys/fs/cgroup")
-        limits.append(int((root / "memory.max").read_text()) - int((root / "memory.current").read_text()))
-    if not limits:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    return max(0, min(limits, default=2 << 30))
-
-
 def _moments_of(total: Tensor, sums: Tensor, origin: Tensor, constant: float) -> Standardization:
     """μ and σ from Σ s, Σ s(x − origin) and Σ s(x − origin)²; `constant` stands for the σ of a constant feature."""
     shift, square = sums / total
@@ -543,110 +510,3 @@ def _mirrored(total: Tensor) -> Tensor:
     """The symmetric matrix of which `_add_square` filled the lower triangle, in place."""
     upper = total.tril(-1).T
     return total.tril_().add_(upper)
-
-
-# Integer arithmetic.
-
-
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers q and units u with x ≈ q u for x (k, t): |q| ≤ 2²⁹ in int32, and one unit per row, (k,)."""
-    largest = x.abs().amax(1)
-    unit = torch.where(largest > 0, largest / _LARGEST, 1.0)
-    out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-    for start in range(0, x.shape[1], _ROWS):
-        block = slice(start, start + _ROWS)
-        out[:, block] = (x[:, block] / unit.unsqueeze(1)).round_()
-    return out, unit
-
-
-def _digits(q: Tensor) -> Tensor:
-    """The four signed digits of int32 numbers to the base 256, the lowest first: (…, k) → (…, 4k) in int8."""
-    # Not `contiguous()`, which keeps the strides of a single column.
-    digits = torch.bitwise_xor(q + _DIGITS, _DIGITS).clone(memory_format=torch.contiguous_format)
-    return digits.view(torch.int8)
-
-
-@contextlib.contextmanager
-def on_threads(count: int | None) -> Iterator[None]:
-    """With this number of threads; None leaves it as it is."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _exact_product(v: Tensor, q: Tensor, limbs: bool, threads: int | None = None, wide: Tensor | None = None) -> Tensor:
-    """Σ v q, (k, m) in float64, from v (m, t) in int8 and q (k, t) in int32: integers below 2⁵³, exactly.
-
-    Args:
-        limbs: by the bytes of q on int8 hardware, otherwise in float64.
-        threads: see `on_threads`.
-        wide: room for the float64 v, at least as many numbers.
-    """
-    k = len(q)
-    if not (limbs and _int8_fits(v, 4 * k)):
-        with on_threads(threads):
-            if wide is None or wide.numel() < v.numel():
-                return q.double() @ v.double().T
-            # In the order in which the bytes lie: v may be the transpose of rows.
-            flip = v.stride(0) < v.stride(1)
-            plain = v.T if flip else v
-            rows = wide[: v.numel()].view(plain.shape).copy_(plain)
-            return q.double() @ (rows if flip else rows.T)
-    digits = _digits(q.T)
-    with on_threads(threads):
-        product = torch._int_mm(v, digits)
-    out = torch.empty(k, len(v), dtype=torch.float64, device=v.device)
-    for start in range(0, len(v), _ROWS):
-        block = slice(start, start + _ROWS)
-        digits = product[block].T.contiguous().view(k, 4, -1)
-        total = digits[:, 3].double()
-        for place in (2, 1, 0):
-            total.mul_(256).add_(digits[:, place])
-        out[:, block] = total
-    return out
-
-
-def _int8_fits(v: Tensor, columns: int) -> bool:
-    """Whether the int8 kernel takes the product of v (m, t) with (t, columns): cuBLAS wants multiples of 8."""
-    return v.device.type == "cpu" or (len(v) > 16 and len(v) % 8 == v.shape[1] % 8 == columns % 8 == 0)
-
-
-@functools.cache
-def int8_products(device: str) -> bool:
-    """Whether int8 products are exact and fast here, found out at first use.
-
-    On some processors they are emulated with saturating 16-bit sums, on some they are slower than float64.
-    """
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randint(-128, 128, (2048, 512), generator=generator, dtype=torch.int8)
-    v[:4] = torch.tensor([127, -128, 127, -128], dtype=torch.int8).unsqueeze(1)
-    q = torch.randint(-(1 << 29), 1 << 29, (8, 512), generator=generator, dtype=torch.int32)
-    q[0], q[1] = 0x1F7F7F7F, -0x1F808080
-    v, q = v.to(device), q.to(device)
-    try:
-        expected = q.double() @ v.double().T
-        if not torch.equal(_exact_product(v, q, True), expected):
-            return False
-        other = (v[:, :8].int() * 4194303).T.contiguous()
-        if not torch.equal(_exact_product(v.T, other, True), other.double() @ v.double()):
-            return False
-        # At full size memory traffic is on the side of int8, so only a kernel that is clearly slow is left out.
-        return _seconds(lambda: _exact_product(v, q, True)) < 2 * _seconds(lambda: _exact_product(v, q, False))
-    except RuntimeError:
-        return False
-
-
-def _seconds(work: Callable[[], Tensor]) -> float:
-    work()
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchlin.data.loading import ArrayDataset
-from torchlin.features import available_memory
 from torchlin.heads import LinearHead, Standardization
 from torchlin.losses import LOSS_REGISTRY
+from torchlin.machine import available_memory
 from torchlin.penalties import PENALTY_REGISTRY
 from torchlin.solvers import Certificate, certify
 

@@ -17,8 +17,8 @@ from torchlin.data.augment import Augmentation
 from torchlin.data.loading import ArrayDataset, BatchSampler, Inputs, Loader
 from torchlin.data.splits import stratified_split
 from torchlin.data.standardize import standardize_features, standardize_pixels
-from torchlin.features import available_memory
 from torchlin.heads import Standardization
+from torchlin.machine import available_memory
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchlin.features import DenseFeatures, FeatureMatrix, available_memory, on_threads
+from torchlin.features import DenseFeatures, FeatureMatrix
 from torchlin.losses import LOSS_REGISTRY, Loss
+from torchlin.machine import available_memory, on_threads
 from torchlin.penalties import Penalty
 from torchlin.solvers.hinge import RivalProjection, multipliers, round_corners
 from torchlin.solvers.precondition import Preconditioners
