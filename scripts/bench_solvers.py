@@ -1,7 +1,8 @@
 """torchlin's certified solvers and scikit-learn's, side by side: sub-optimality of the objective against seconds.
 
     python scripts/bench_solvers.py [--problems digits wide text classes cifar10] [--root FOLDER] [--scale 1]
-                                    [--limit 60] [--threads N] [--device cuda] [--output bench_solvers.png]
+                                    [--rivals NAME …] [--limit 60] [--threads N] [--device cuda]
+                                    [--output bench_solvers.png]
 
 digits   scikit-learn's 1,797 digits
 wide     generated photographs, far more features than samples: 200 × 20,000
@@ -251,6 +252,8 @@ def measure(
     x = problem.ready()
     raws = {"torchlin": raw}
     for solver in rivals_of(penalty, problem):
+        if options.rivals and solver not in options.rivals:
+            continue
         raws[solver] = rival_curve(solver, penalty, x, problem.y, bound, options.limit)
     shape = " × ".join(f"{v:,}" for v in problem.x.shape)
     curves = {name: [(s, (value - bound) / value) for s, value in points] for name, points in raws.items()}
@@ -303,6 +306,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--strength", type=float, default=1e-3, help="λ of L2; that of L1 is a 20th of its largest")
     parser.add_argument("--penalties", nargs="+", choices=("l2", "l1"), default=["l2", "l1"])
+    parser.add_argument("--rivals", nargs="+", help="of scikit-learn's solvers only these")
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device")

@@ -248,6 +248,7 @@ def test_plot_path(tmp_path: Path) -> None:
 
 def test_the_benchmark_of_solvers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     script = Path(__file__).parents[1] / "scripts" / "bench_solvers.py"
+    monkeypatch.syspath_prepend(script.parent)
     picture = tmp_path / "solvers.png"
     problems = ["digits", "wide", "text", "classes", "cifar10"]
     words = ["--problems", *problems, "--scale", "0.02", "--limit", "0.3", "--threads", "1"]
@@ -262,6 +263,7 @@ def test_the_benchmark_of_solvers_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_benchmark_of_large_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     script = Path(__file__).parents[1] / "scripts" / "bench_large.py"
+    monkeypatch.syspath_prepend(script.parent)
     photos = write_photos(tmp_path / "photos", {f"train/{name}": 40 for name in ("cat", "cow", "dog")})
     words = ["--scale", "0.002", "--threads", "1", "--root", str(photos)]
     monkeypatch.setattr("sys.argv", [str(script), *words])

@@ -24,6 +24,8 @@ LAYERS = (
     ("functional", "heads"),
     ("storage", "fused", "integers"),
     ("optim", "features"),
+    ("bank",),
+    ("patches",),
     ("objective",),
     ("solvers",),
     ("data",),

@@ -42,10 +42,16 @@ from torchlin.version import __version__
 if TYPE_CHECKING:
     from torchlin import data, estimators, report
     from torchlin.classifier import DivergenceError, LinearClassifier
+    from torchlin.probe import Backbone, LinearProbe, Preprocess, ProbeResult, attach_head
     from torchlin.progress import ProgressBar
     from torchlin.run import RunFolder
 
 _LAZY = {
+    "Backbone": "torchlin.probe",
+    "LinearProbe": "torchlin.probe",
+    "Preprocess": "torchlin.probe",
+    "ProbeResult": "torchlin.probe",
+    "attach_head": "torchlin.probe",
     "LinearClassifier": "torchlin.classifier",
     "DivergenceError": "torchlin.classifier",
     "ProgressBar": "torchlin.progress",
@@ -58,6 +64,7 @@ __all__ = [
     "L2",
     "LOSSES",
     "PENALTIES",
+    "Backbone",
     "Certificate",
     "CrammerSingerLoss",
     "DivergenceError",
@@ -66,6 +73,7 @@ __all__ = [
     "HingeLoss",
     "LinearClassifier",
     "LinearHead",
+    "LinearProbe",
     "LogisticLoss",
     "Loss",
     "NotConvergedError",
@@ -73,6 +81,8 @@ __all__ = [
     "PathResult",
     "Penalty",
     "PerceptronLoss",
+    "Preprocess",
+    "ProbeResult",
     "ProgressBar",
     "RunFolder",
     "SoftmaxLoss",
@@ -83,6 +93,7 @@ __all__ = [
     "absorb_bias",
     "append_one",
     "apply_penalty",
+    "attach_head",
     "certify",
     "data",
     "estimators",

@@ -36,6 +36,7 @@ from torchlin.penalties import Penalty, shrink, soft_threshold
 
 Group = dict[str, Any]
 State = dict[str, Any]
+EffectiveStep = Callable[[Group, State], float | Tensor]
 
 
 class PenalizedHead(Protocol):
@@ -46,10 +47,20 @@ class PenalizedHead(Protocol):
     def penalized(self, like_weight: Tensor) -> Tensor: ...
 
 
+class Strengths(Protocol):
+    """λα and λ(1 − α), as a `Penalty` has them: numbers, or tensors that broadcast against the penalised weight."""
+
+    @property
+    def l1(self) -> float | Tensor: ...
+
+    @property
+    def l2(self) -> float | Tensor: ...
+
+
 # The effective step: how far a parameter moves per unit of a gradient that stays the same.
 
 
-def _sgd_step(group: Group, state: State) -> float | Tensor:
+def sgd_step(group: Group, state: State) -> float | Tensor:
     if group["momentum"] == 0:
         return _rate(group)
     gain: float = (1 - group["dampening"]) / (1 - group["momentum"])
@@ -81,8 +92,8 @@ def _rate(group: Group) -> float | Tensor:
     return rate
 
 
-EFFECTIVE_STEPS: dict[type[torch.optim.Optimizer], Callable[[Group, State], float | Tensor]] = {
-    torch.optim.SGD: _sgd_step,
+EFFECTIVE_STEPS: dict[type[torch.optim.Optimizer], EffectiveStep] = {
+    torch.optim.SGD: sgd_step,
     torch.optim.Adam: _adam_step,
     torch.optim.AdamW: _adam_step,
     torch.optim.RMSprop: _rmsprop_step,
@@ -123,16 +134,21 @@ def apply_penalty(
             weight_decay in the group that holds it; RMSprop(centered=True), whose step grows without bound as the
             gradient settles; an L1 part on half-precision weights; window < 1.
     """
-    if window < 1:
-        raise ValueError(f"window is a number of steps, at least 1, got {window}")
-    effective_step = _effective_step_of(optimizer)
+    check_window(window)
+    effective_step = EFFECTIVE_STEPS.get(known_class(optimizer))
+    if effective_step is None:
+        known = ", ".join(cls.__name__ for cls in EFFECTIVE_STEPS)
+        raise TypeError(
+            f"a penalty cannot be applied through {type(optimizer).__name__}: its effective step length is not known; "
+            f"use one of {known}, or add penalty.value(head.weight) to the loss"
+        )
     if not hasattr(head, "penalized"):
         raise TypeError(
             f"apply_penalty takes a head that says which of its parameters are penalised, got {type(head).__name__}: "
             "use torchlin.LinearHead, which is an nn.Linear"
         )
     weight = head.weight
-    _check_group(_group_of(optimizer, weight), penalty)
+    _check_group(group_of(optimizer, weight, "head.weight"), penalty)
     if penalty.l1 > 0 and weight.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"head.weight is {weight.dtype}, in which the small sums of an L1 penalty are lost: keep the head in "
@@ -141,42 +157,54 @@ def apply_penalty(
     if any(getattr(hook, "weight", None) is weight for hook in optimizer._optimizer_step_post_hooks.values()):
         raise ValueError("head.weight already has a penalty in this optimizer: remove() the first, or use one penalty")
 
-    step = _ProximalStep(head, penalty, effective_step, window)
-    return optimizer.register_step_post_hook(step)
+    # A penalty of the user's own moves the weights as it says: nobody else can keep its account.
+    own_prox = None if type(penalty).prox is Penalty.prox else penalty.prox
+    return optimizer.register_step_post_hook(ProximalStep(head, penalty, effective_step, window, own_prox))
 
 
-class _ProximalStep:
-    """The hook: a callable object, so that it can be recognised among an optimizer's hooks."""
+class ProximalStep:
+    """The hook: a callable object, so that it can be recognised among an optimizer's hooks.
+
+    Args:
+        head: whose weight is moved.
+        penalty: the strengths; whether there is any L1 part is read once, here.
+        effective_step: η, a number or a tensor shaped like the weight or broadcasting against it.
+        window: see `apply_penalty`.
+        own_prox: a proximal map to apply in place of the account.
+    """
 
     def __init__(
         self,
         head: PenalizedHead,
-        penalty: Penalty,
-        effective_step: Callable[[Group, State], float | Tensor],
+        penalty: Strengths,
+        effective_step: EffectiveStep,
         window: int,
+        own_prox: Callable[[Tensor, float | Tensor], Tensor] | None = None,
     ) -> None:
         self.window = window
         self.head = head
         self.weight = head.weight
         self.penalty = penalty
         self.effective_step = effective_step
+        self.own_prox = own_prox
+        self.levies = bool(torch.as_tensor(penalty.l1 != 0).any())
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.weight.grad is None or _skipped(optimizer):
             return  # the optimizer left it alone, so there is no step to go with
-        group = _group_of(optimizer, self.weight)
+        group = group_of(optimizer, self.weight, "head.weight")
         _check_group(group, self.penalty)
         state = optimizer.state[self.weight]
         step = self.effective_step(group, state)
         if isinstance(step, Tensor) and step.dim() > 0:
             step = self.head.penalized(step)
         w = self.head.penalized(self.weight)
-        if type(self.penalty).prox is not Penalty.prox:
-            w.copy_(self.penalty.prox(w, step))  # a penalty of the user's own, whose account nobody can keep
-            return
-        moved = w if self.penalty.l1 == 0 else self._levied(w, step, state)
-        w.copy_(shrink(moved, step * self.penalty.l2))
+        w.copy_(self._moved(w, step, state) if self.own_prox is None else self.own_prox(w, step))
+
+    def _moved(self, w: Tensor, step: float | Tensor, state: State) -> Tensor:
+        levied = self._levied(w, step, state) if self.levies else w
+        return shrink(levied, step * self.penalty.l2)
 
     def _levied(self, w: Tensor, step: float | Tensor, state: State) -> Tensor:
         if _PAID not in state:
@@ -197,27 +225,32 @@ def _skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def _effective_step_of(optimizer: torch.optim.Optimizer) -> Callable[[Group, State], float | Tensor]:
-    for cls in type(optimizer).__mro__:
-        if cls in EFFECTIVE_STEPS:
-            return EFFECTIVE_STEPS[cls]
-        if cls.__module__.startswith("torch.optim"):
-            break  # one of torch's own with another update rule, a subclass of a known one or not
-    known = ", ".join(cls.__name__ for cls in EFFECTIVE_STEPS)
-    raise TypeError(
-        f"a penalty cannot be applied through {type(optimizer).__name__}: its effective step length is not known; "
-        f"use one of {known}, or add penalty.value(head.weight) to the loss"
+def known_class(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """The class whose update rule an optimizer has: it itself or what it extends, whichever of them is known first.
+
+    One of torch's own that has no effective step here is known to have another rule, whatever it extends.
+    """
+    return next(
+        cls for cls in type(optimizer).__mro__ if cls in EFFECTIVE_STEPS or cls.__module__.startswith("torch.optim")
     )
 
 
-def _group_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> Group:
+def check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window is a number of steps, at least 1, got {window}")
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> Group:
+    """The parameter group that holds a parameter, `name` in the error if none does."""
     for group in optimizer.param_groups:
-        if any(p is weight for p in group["params"]):
+        if any(p is parameter for p in group["params"]):
             return group
-    raise ValueError("the optimizer does not hold head.weight: build it from parameters that include the head's")
+    raise ValueError(
+        f"the optimizer does not hold {name}: build it from parameters that include the {name.split('.')[0]}'s"
+    )
 
 
-def _check_group(group: Group, penalty: Penalty) -> None:
+def _check_group(group: Group, penalty: Strengths) -> None:
     decay = group.get("weight_decay", 0)
     if decay != 0:
         default = " (AdamW's default)" if decay == 0.01 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +28,7 @@ def predict_images(
     all_scores: bool = False,
     max_pixels: int | None = None,
     on_error: OnError = "stop",
+    scores_of: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[str]]:
     """Rows file, label, score, probability (and with `all_scores` one score per class), in the order of the input.
 
@@ -44,6 +45,7 @@ def predict_images(
             own limit (89 million unless changed).
         on_error: what to do about bad files, those that cannot be decoded or have another size than the training
             images: "stop" and list them once all files were tried, or "skip" them with a warning that names them all.
+        scores_of: from images uint8 (b, C, H, W) to scores, where the head acts on features of them; None for the head.
 
     Raises:
         DataError: a path that does not exist; with "stop" bad files (the first 20 are listed); with "skip" nothing
@@ -64,7 +66,9 @@ def predict_images(
     bad: list[BadFile] = []
     for names, images in _batches(files, pixel_format, batch_size, max_pixels, bad):
         if not bad or on_error == "skip":  # otherwise only the other bad files are still of interest
-            rows += _rows(head, names, images, all_scores)
+            with torch.no_grad():
+                scores = scores_of(images) if scores_of else head(images)
+            rows += _rows(head, names, scores, all_scores)
     if bad:
         reasons = [file.reason for file in bad]
         if on_error == "stop":
@@ -105,10 +109,8 @@ def _batches(
         yield names, images[: len(names)]
 
 
-@torch.no_grad()
-def _rows(head: LinearHead, files: Sequence[str], images: Tensor, all_scores: bool) -> list[list[str]]:
+def _rows(head: LinearHead, files: Sequence[str], scores: Tensor, all_scores: bool) -> list[list[str]]:
     names: list[str] = head.info["class_names"]
-    scores = head(images)
     labels = head.decide(scores)
     try:
         probability = head.probabilities(scores).gather(1, labels.unsqueeze(1)).squeeze(1)

@@ -475,6 +475,6 @@ def test_a_store_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
             file.truncate(int(np.prod(shape, dtype=np.int64)))
         except OSError:
             pytest.skip("no sparse files here")
-    pixels = store._mapped(tmp_path / "pixels.u8", shape)
+    pixels = store.mapped(tmp_path / "pixels.u8", shape, torch.uint8)
     assert pixels.shape == shape
     assert int(pixels[-1].sum()) == 0

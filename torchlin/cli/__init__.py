@@ -1,4 +1,4 @@
-"""The command line: `torchlin fit | solve | validate | test | predict`."""
+"""The command line: `torchlin fit | solve | probe | validate | test | predict`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ Train and use linear classifiers.
                                                 train on a folder with one folder of images per class
   torchlin fit --resume RUN                     go on where an interrupted run stopped
   torchlin solve [--path]                       minimise the same objective to a certified optimum; choose its penalty
+  torchlin probe --backbone resnet18 --weights DEFAULT --data.root PHOTOS
+                                                train a head on the features of a frozen network
   torchlin validate | test [--run RUN]          measure a run (default: the newest under runs/)
   torchlin predict [--run RUN] IMAGES...        label image files, or all images of a folder, into a CSV
   torchlin COMMAND --help                       all options of a command
@@ -29,7 +31,7 @@ Train and use linear classifiers.
 Configurations by name (--config NAME): {configs}
 A run is a folder: head.safetensors, head.json, config.yaml, metrics.csv, checkpoint.ckpt and pictures.
 """
-COMMANDS = ("fit", "solve", "validate", "test", "predict")
+COMMANDS = ("fit", "solve", "probe", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +83,10 @@ def _loaded(command: str) -> Callable[[list[str]], None]:
         from torchlin.cli.solve import solve_run
 
         return solve_run
+    if command == "probe":
+        from torchlin.cli.probe import probe_run
+
+        return probe_run
     return partial(train_or_measure, command)
 
 

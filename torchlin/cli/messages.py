@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 DATA_CLASSES = [name for name in data.__all__ if name.endswith("DataModule") and name != "ArrayDataModule"]
 
 # The commands that load Lightning, which takes seconds: what is imported inside a function here is for these alone.
-_TRAINING = ("fit", "solve", "validate", "test")
+_TRAINING = ("fit", "solve", "probe", "validate", "test")
 _METAVARS = {"root": "FOLDER", "path": "FILE"}
 
 
@@ -125,6 +125,10 @@ def _known_options(command: str) -> list[str]:
     solver = ["path", "num", "ratio", "folds", "criterion", "tol", "max_passes", "device"]
     if command == "solve":
         return [*solver, *model, *trainer, *data, "run", "config", "seed_everything"]
+    if command == "probe":
+        from torchlin.cli.probe import KEYS
+
+        return [*KEYS, "cache_dir", *model, *data, "run", "config", "seed_everything"]
     return [*model, *trainer, *data, "run", "resume", "save_every", "config", "seed_everything"]
 
 

@@ -15,6 +15,9 @@ from torchlin.folder import find_run, newest_run
 from torchlin.predict import predict_images
 from torchlin.storage import load_head
 
+# Images per batch through a backbone, at most.
+_PROBED = 128
+
 
 class _Parser(argparse.ArgumentParser):
     """One whose errors `main` prints in one line."""
@@ -52,10 +55,17 @@ def predict(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     folder = newest_run() if options.run is None else find_run(options.run)
     head = load_head(folder)
+    scores_of, batch_size = None, options.batch_size
+    if "backbone" in head.info:  # a probe, whose network takes more memory than a head, and longer to load
+        from torchlin.probe import load_probe
+
+        model = load_probe(folder)
+        scores_of, batch_size = (lambda images: model(model.preprocess(images))), min(batch_size, _PROBED)
     rows = predict_images(
         head,
         options.images,
-        batch_size=options.batch_size,
+        scores_of=scores_of,
+        batch_size=batch_size,
         all_scores=options.scores,
         max_pixels=options.max_pixels,
         on_error=options.on_error,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Mapping
@@ -18,13 +17,13 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from torchlin.cli.certificates import described, fits_in_memory, split_arrays
-from torchlin.cli.training import TorchlinCLI, completed, show_run
+from torchlin.cli.fullbatch import FullBatchCLI
+from torchlin.cli.training import completed, show_run
 from torchlin.data import DataError
 from torchlin.folder import (
     CONFIG,
     METRICS,
     MOST_CLASSES,
-    check_free,
     draw,
     finite,
     number_folder,
@@ -42,8 +41,6 @@ from torchlin.solvers.state import Progress
 from torchlin.storage import replace_file
 
 _STRENGTH = 1e-3
-# What `fit` needs and a solver does not.
-_IGNORED = ("model.optimizer", "model.lr", "model.momentum", "model.schedule")
 
 
 def solve_run(rest: list[str]) -> None:
@@ -76,8 +73,8 @@ class Solved:
         return head
 
 
-class SolveCLI(TorchlinCLI):
-    """fit's options, of which the optimiser's and the trainer's have no effect, and those of the solver."""
+class SolveCLI(FullBatchCLI):
+    """The options of the solver beside fit's."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -97,31 +94,8 @@ class SolveCLI(TorchlinCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        options = self.options()
-        if options.run is not None:
-            check_free(options.run)  # before the data are read, which may take long
-        if options.folds is not None and not options.path:
+        if self.options().folds is not None and not self.options().path:
             raise ValueError("--folds chooses a strength, which needs --path")
-        device = options.device
-        if device is not None:
-            try:
-                torch.empty(0, device=device)
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        return _Solver(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-
-    def ignored(self) -> list[str]:
-        """The options that were set and have no effect here."""
-        defaults = self._parser("solve").get_defaults()
-        keys = [*_IGNORED, *(f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters)]
-        options = self.options()
-        set_by_user = [k for k in keys if k in options and options[k] != defaults.get(k)]
-        size = inspect.signature(type(self.datamodule)).parameters.get("batch_size")
-        if size is not None and getattr(self.datamodule, "batch_size", size.default) != size.default:
-            set_by_user.append("data.batch_size")
-        return set_by_user
 
     def solve(self, **kwargs: Any) -> None:
         options, data = self.options(), self.datamodule
@@ -178,20 +152,15 @@ class SolveCLI(TorchlinCLI):
     def _path(
         self, x: Tensor, y: Tensor, held: tuple[Tensor, Tensor] | None, loss: Loss
     ) -> tuple[Solved, list[dict[str, float]], PathResult | None]:
-        options, given = self.options(), self.model.penalty
+        options = self.options()
         if held is None and options.folds is None:
             raise ValueError("--path chooses on a validation split, but the data have none: give --folds 5")
         if options.folds is not None and held is not None:  # every sample is left out once
             x, y, held = torch.cat((x, held[0])), torch.cat((y, held[1])), None
 
-        def family(strength: float) -> Penalty:
-            if given is None:
-                return L2(strength)
-            return PENALTY_REGISTRY.make({**PENALTY_REGISTRY.spec(given), "strength": strength})
-
         line = _Line()
         path = solve_path(
-            x, y, loss, family, num=options.num, ratio=options.ratio, validation=held, folds=options.folds,
+            x, y, loss, self.family, num=options.num, ratio=options.ratio, validation=held, folds=options.folds,
             criterion=options.criterion, seed=getattr(self.datamodule, "seed", 0),
             num_classes=self.datamodule.num_classes, tol=options.tol, max_passes=options.max_passes,
             device=options.device, report=line.strength,
@@ -214,7 +183,7 @@ class SolveCLI(TorchlinCLI):
             }
             for i, s in enumerate(path.strengths)
         ]  # fmt: skip
-        return Solved(path.chosen, loss, family(strength)), rows, path
+        return Solved(path.chosen, loss, self.family(strength)), rows, path
 
     def _write(
         self,

@@ -47,6 +47,11 @@ def completed(command: str, rest: list[str]) -> list[str]:
             named = _values(rest, "--run")
             run = find_run(named[-1]) if named else newest_run()
             rest = [*rest, "--run", str(run)]
+            if _is_probe(run):
+                raise ValueError(
+                    f"{run}: is a probe, measured once on the test images when it was made (metrics in head.json); "
+                    "torchlin predict labels other images with it"
+                )
         elif command == "fit" and (resumed := _values(rest, "--resume")):
             run = find_run(resumed[-1])
     if run is not None:
@@ -61,6 +66,10 @@ def completed(command: str, rest: list[str]) -> list[str]:
             raise ValueError(f"{run}: its {CONFIG} names no data, as a script made it: name them with --data")
         rest = [*(["--data", guess] if guess else []), *rest]
     return rest
+
+
+def _is_probe(run: Path) -> bool:
+    return (run / "head.json").is_file() and "backbone" in load_head(run).info
 
 
 def _names_data(config: str) -> bool:
@@ -252,6 +261,8 @@ _DESCRIPTIONS = {
     "--trainer.max_epochs 20, --run FOLDER.",
     "validate": "Measure a run on its validation split.",
     "test": "Measure a run on its test split.",
+    "probe": "Train a linear head on the features of a frozen backbone, its penalty chosen without the test images. "
+    "The options most used: --backbone resnet18 --weights DEFAULT, --layer avgpool, --data.root FOLDER, --run FOLDER.",
     "solve": "Minimise fit's objective to a certified optimum, without a learning rate. The options most used: "
     "--data.root FOLDER, --model.loss hinge, --model.penalty '{name: l2, strength: 0.001}', --path (choose the "
     "strength on the validation split), --tol 1e-6, --run FOLDER.",

@@ -166,6 +166,28 @@ class ArrayDataModule(LightningDataModule, abc.ABC):
             self._fingerprint = self.compute_fingerprint()
         return self._fingerprint
 
+    @property
+    def source_splits(self) -> tuple[SplitName, ...]:
+        """Which of train, val and test the source itself has."""
+        return self._source_splits
+
+    def arrays(self, split: SplitName) -> Arrays:
+        """A split as the source has it, before validation samples are taken out of it; never augmented."""
+        self._read((split,))
+        return self._arrays[split]
+
+    def state_of(self, split: SplitName) -> str:
+        """SHA-256 of all that the arrays of a split of the source depend on, as they are now."""
+        inputs, targets = self.arrays(split)
+        digest = hashlib.sha256(repr((tuple(inputs.shape), str(inputs.dtype))).encode())
+        for block in (*ArrayDataset(inputs, targets).blocks(), targets):
+            digest.update(block.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def name_of(self, split: SplitName, row: int) -> str:
+        """What a message calls a sample of a split of the source."""
+        return f"{self.name}, {split} sample {row}"
+
     def compute_fingerprint(self) -> str:
         """Hash the class names and all arrays of the source."""
         self._read(SPLITS)

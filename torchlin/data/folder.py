@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from torchlin.data.images import (
     Color,
     FoundFile,
     PixelFormat,
-    decode_image,
     has_image_suffix,
+    image_shape,
     is_clutter,
     scan_images,
 )
@@ -182,6 +183,15 @@ class ImageFolderDataModule(ArrayDataModule):
             what = f"of class {gone[0]!r}" if left else f"of the {split} split"
             raise DataError(f"{self.root}/: no image {what} can be read, such as {parts.bad[0].reason}")
 
+    def state_of(self, split: SplitName) -> str:
+        """SHA-256 of the split's files (name, size, time of change) and of how they are decoded; none is."""
+        facts = {**self._sources[split].facts(self._format), "skip": self._on_error, "max_pixels": self._max_pixels}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def name_of(self, split: SplitName, row: int) -> str:
+        skipped = set(self._skipped.get(split, ()))
+        return str(self.root / [file.name for file in self._sources[split].files if file.name not in skipped][row])
+
     def compute_fingerprint(self) -> str:
         """Hash class, name and size in bytes of every file, relative to `root`; nothing is decoded."""
         digest = hashlib.sha256(repr(self.class_names).encode())
@@ -272,7 +282,7 @@ def _pixel_format(
         return PixelFormat((channels, image_size, image_size), color, image_size)
     for file in files:
         try:
-            _, height, width = decode_image(file.path, color, None, max_pixels).shape
+            height, width = image_shape(file.path, color, max_pixels)
         except DataError:
             continue  # `setup` lists the bad files, all of them
         return PixelFormat((channels, height, width), color)

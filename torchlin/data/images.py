@@ -225,6 +225,23 @@ def decode_image(
     return pixels
 
 
+def image_shape(path: str | os.PathLike[str], color: Color, max_pixels: int | None = None) -> tuple[int, int]:
+    """Height and width of one image file: from its header if it is a plain JPEG or PNG, which then is not decoded.
+
+    Raises:
+        DataError: see `decode_image`.
+    """
+    limit = _PILLOW_LIMIT.value() if max_pixels is None else max_pixels
+    try:
+        plain = plain_image(_read(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    if plain is not None and (limit is None or plain.width * plain.height <= limit):
+        return plain.height, plain.width
+    _, height, width = decode_image(path, color, None, max_pixels).shape
+    return height, width
+
+
 def decoder_versions() -> dict[str, str]:
     """What decides the pixels besides the files: the decoding libraries and their versions."""
     native = "none" if _torchvision_jpeg() is None else _torchvision_version()

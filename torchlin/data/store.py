@@ -47,9 +47,9 @@ FORMAT = 1
 CACHE_VARIABLE = "TORCHLIN_CACHE"
 MANIFEST = "manifest.json"
 _PIXELS, _TARGETS, _FILES = "pixels.u8", "targets.i64", "files.json"
-_UNFINISHED = re.compile(r"\.(building|old)-\d+$")
+_UNFINISHED = re.compile(r"\.((building|old)-\d+|partial)$")
 _MOMENT = 1.0  # seconds
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Without it Linux refuses to map more than there is memory, although nothing is ever written. Python knows the number
 # from 3.13 on; elsewhere than on these machines it may be another.
 _NO_RESERVE = getattr(
@@ -156,7 +156,7 @@ def load(
                     raise DataError(f"{folder}/: was written and cannot be read back; {_elsewhere()}")
         return loaded
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             need = len(source.files) * (math.prod(pixel_format.shape) + 8)
             raise DataError(
                 f"{cache}/: no room for the decoded images, which need {need / 1e6:,.1f} MB ({error.strerror}); "
@@ -256,7 +256,7 @@ def _open(
             return None
         if sizes[_PIXELS] != len(targets) * math.prod(pixel_format.shape):
             return None
-        pixels = _mapped(folder / _PIXELS, (len(targets), *pixel_format.shape))
+        pixels = mapped(folder / _PIXELS, (len(targets), *pixel_format.shape), torch.uint8)
     except (OSError, KeyError, TypeError):
         return None
     with contextlib.suppress(OSError):
@@ -280,17 +280,18 @@ def _still_bad(
     return bad
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor in a file's pages: read when touched, dropped when memory is short; writing would copy the page."""
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=torch.uint8)
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
     with path.open("rb") as file:
         if os.name == "posix":
             flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            pages = mmap.mmap(file.fileno(), math.prod(shape), flags=flags, prot=access)
+            pages = mmap.mmap(file.fileno(), size, flags=flags, prot=access)
         else:
-            pages = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_COPY)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _build(
@@ -314,7 +315,7 @@ def _build(
                     if skip or not bad:
                         file.write(chunk.pixels.data)
             file.truncate()
-            _to_disk(file)
+            to_disk(file)
         if bad and not skip:
             return bad
         left_out = {file.place for file in bad}
@@ -329,11 +330,11 @@ def _build(
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         _write(building / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _folder_to_disk(building)
+        folder_to_disk(building)
         if folder.exists():
             _set_aside(folder)
         building.rename(folder)
-        _folder_to_disk(folder.parent)
+        folder_to_disk(folder.parent)
         return bad
     finally:
         _remove_unfinished(folder)
@@ -351,22 +352,22 @@ def _reserve(file: IO[bytes], size: int) -> None:
     try:
         reserve(file.fileno(), 0, size)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise
 
 
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        _to_disk(file)
+        to_disk(file)
 
 
-def _to_disk(file: IO[bytes]) -> None:
+def to_disk(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _folder_to_disk(folder: Path) -> None:
+def folder_to_disk(folder: Path) -> None:
     """Make names in a folder last; systems on which a folder cannot be opened (Windows) do so by themselves."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

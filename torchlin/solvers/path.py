@@ -63,7 +63,7 @@ def solve_path(
     strengths: Sequence[float] | None = None,
     num: int = 30,
     ratio: float = 1e-4,
-    validation: tuple[Tensor, Tensor] | None = None,
+    validation: tuple[Tensor, Tensor] | Tensor | None = None,
     folds: int | Sequence[Tensor] | None = None,
     criterion: Criterion = "accuracy",
     seed: int = 0,
@@ -90,7 +90,8 @@ def solve_path(
         features, target, loss, num_classes, standardize, bias, class_weight, sample_weight, dtype, device: see `solve`.
         penalty: λ ↦ penalty: `L2`, `L1`, or `lambda strength: ElasticNet(strength, 0.3)`.
         strengths: the λ themselves, > 0, in any order; `num` and `ratio` then do not count.
-        validation: (features, target) to choose λ on.
+        validation: (features, target) to choose λ on; or row numbers of `features`, which then do not count until the
+            choice is made, but share μ, σ and the Gram matrix.
         folds: how many parts to leave out in turn (stratified by class, drawn with `seed`), or the rows of each part.
         criterion: the best validation accuracy, or the smallest validation loss; of equals the largest λ.
         refit: False leaves `chosen` at the solution on the training data alone.
@@ -108,7 +109,8 @@ def solve_path(
         raise ValueError("λ is chosen by validation data or by folds, but both are given")
     if criterion not in ("accuracy", "loss"):
         raise ValueError(f"criterion is 'accuracy' or 'loss', got {criterion!r}")
-    if validation is not None and refit and isinstance(features, FeatureMatrix):
+    apart = None if isinstance(validation, Tensor) else validation
+    if apart is not None and refit and isinstance(features, FeatureMatrix):
         raise TypeError("a FeatureMatrix cannot be joined with validation data: give tensors, or refit=False")
     k = _classes(loss, target, num_classes)
     x = SharedGram(
@@ -118,8 +120,14 @@ def solve_path(
     )
     target = target.to(x.device)
     parts = None if folds is None else _parts(folds, target, loss, seed)
+    counting, seen_weight = torch.arange(len(target), device=target.device), sample_weight
+    inside = None
+    if isinstance(validation, Tensor):
+        inside = _parts([validation], target, loss, seed)[0]
+        seen_weight = _without(inside, sample_weight, x)
+        counting = seen_weight.nonzero().flatten()
     if strengths is None:
-        first = strength_max(x, target, loss, penalty, sample_weight=sample_weight, bias=bias)
+        first = strength_max(x, target, loss, penalty, sample_weight=seen_weight, bias=bias)
         strengths = _grid(first, num, ratio)
     else:
         strengths = sorted((float(s) for s in strengths), reverse=True)
@@ -138,31 +146,30 @@ def solve_path(
             yield found
 
     solutions = []
-    for strength, found in zip(strengths, sweep(sample_weight, None), strict=True):
+    for strength, found in zip(strengths, sweep(seen_weight, None), strict=True):
         solutions.append(found)
         if report is not None:
             report(strength, found)
     passes = sum(s.passes for s in solutions)
-    everyone = torch.arange(len(target), device=target.device)
-    train_accuracy, _ = _measure(x, target, loss, solutions, everyone, sample_weight)
+    train_accuracy, _ = _measure(x, target, loss, solutions, counting, sample_weight)
     chosen: Solution | None = None
     val_accuracy: list[float] = []
     val_loss: list[float] = []
-    if validation is not None:
-        held = FeatureMatrix.of(validation[0], standardize=False, dtype=dtype, device=device)
-        seen = validation[1].to(held.device)
+    if inside is not None:
+        val_accuracy, val_loss = _measure(x, target, loss, solutions, inside, sample_weight)
+    if apart is not None:
+        held = FeatureMatrix.of(apart[0], standardize=False, dtype=dtype, device=device)
+        seen = apart[1].to(held.device)
         rows = torch.arange(len(seen), device=held.device)
         val_accuracy, val_loss = _measure(held, seen, loss, solutions, rows, None)
     if parts is not None:
-        base = torch.ones(len(target), dtype=torch.float64, device=x.device)
-        base = base if sample_weight is None else base * sample_weight.to(base)
         shares = []
         for part in parts:
-            weight = base.index_fill(0, part, 0.0)
-            without = list(sweep(weight, solutions))
+            without = list(sweep(_without(part, sample_weight, x), solutions))
             passes += sum(s.passes for s in without)
             measured = _measure(x, target, loss, without, part, sample_weight)
-            shares.append((float(base[part].sum()), measured))
+            share = len(part) if sample_weight is None else float(sample_weight[part.to(sample_weight.device)].sum())
+            shares.append((share, measured))
         total = sum(share for share, _ in shares)
         val_accuracy, val_loss = (
             [sum(share * m[which][i] for share, m in shares) / total for i in range(len(strengths))] for which in (0, 1)
@@ -173,13 +180,16 @@ def solve_path(
         index = max(range(len(merits)), key=lambda i: merits[i])  # the first of equals, the largest λ
         chosen = solutions[index]
     if chosen is not None and index is not None and validation is not None and refit:
-        weights = None
-        if sample_weight is not None:
-            weights = torch.cat((sample_weight, sample_weight.new_ones(len(validation[1]))))
+        everything: Tensor | FeatureMatrix = x
+        labels, weights = target, sample_weight
+        if apart is not None:
+            everything, labels = _joined(features, apart[0]), torch.cat((target, apart[1].to(target)))
+            if sample_weight is not None:
+                weights = torch.cat((sample_weight, sample_weight.new_ones(len(apart[1]))))
         chosen = solve(
-            _joined(features, validation[0]), torch.cat((target, validation[1].to(target))), loss,
-            penalty(strengths[index]), num_classes=k, tol=tol, max_passes=max_passes, standardize=standardize,
-            bias=bias, sample_weight=weights, warm_start=chosen, dtype=dtype, device=device, on_failure=on_failure,
+            everything, labels, loss, penalty(strengths[index]), num_classes=k, tol=tol, max_passes=max_passes,
+            standardize=standardize, bias=bias, sample_weight=weights, warm_start=chosen, dtype=dtype, device=device,
+            on_failure=on_failure,
         )  # fmt: skip
         passes += chosen.passes
     return PathResult(
@@ -223,7 +233,7 @@ def strength_max(
 class SharedGram(FeatureMatrix):
     """Features whose Gram and kernel matrices are computed once for all problems on them.
 
-    A problem that leaves samples out has the same weights and 0 for those: their share is subtracted.
+    Where the weights of a few samples differ, as where some are left out, only their share is added or subtracted.
     """
 
     def __init__(self, features: FeatureMatrix) -> None:
@@ -260,9 +270,9 @@ class SharedGram(FeatureMatrix):
             self.computed += 1
             return self._gram[1]
         every, gram = self._gram
-        out = (every != s).nonzero().flatten()
-        left_out = 2 * len(out) <= self.shape[0] and bool((s[out] == 0).all())
-        gram = gram - self._part(out, every) if left_out else self.features.gram(weight)
+        other = (every != s).nonzero().flatten()
+        few = 2 * len(other) <= self.shape[0]
+        gram = gram + self._part(other, s - every) if few else self.features.gram(weight)
         self._last = s, gram
         return gram
 
@@ -274,6 +284,12 @@ class SharedGram(FeatureMatrix):
             rows = self.features.rows(block).to(kind)
             total += rows.T @ (rows * weight[block].to(kind).unsqueeze(1))
         return total
+
+
+def _without(part: Tensor, sample_weight: Tensor | None, x: FeatureMatrix) -> Tensor:
+    """The sample weights, 0 for the rows of a part."""
+    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
+    return (ones if sample_weight is None else ones * sample_weight.to(ones)).index_fill(0, part, 0.0)
 
 
 def _grid(first: float, num: int, ratio: float) -> list[float]:

@@ -1,0 +1,307 @@
+"""Features learned from images alone, as responses to whitened patches: no labels, no gradients, no downloads."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchlin.integers import _seconds
+from torchlin.registry import options_of
+
+# What is learned from: so many patches, of so many images at most.
+_SAMPLES, _IMAGES = 100_000, 10_000
+# So many bytes of pixels are gathered at a time for that.
+_GATHERED = 1 << 26
+# So many bytes of patches, and of responses, are made at a time: on a CPU, for each thread, they never leave its cache.
+_CPU_BYTES, _GPU_BYTES = 3 << 19, 1 << 28
+
+
+class Images(Protocol):
+    """Images, of which a tensor is one kind: uint8 (n, C, H, W), in memory or decoded when asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def index_select(self, dim: int, index: Tensor, /) -> Tensor:
+        """The images `index`, int64 (b,), in this order; `dim` is 0."""
+
+
+class PatchFeatures(nn.Module):
+    """How strongly each part of an image resembles patches of the training images: a backbone for a linear head.
+
+    A patch x, C·s·s pixels of 0 … 255, is freed of its brightness, contrast and correlations,
+
+        x̂ = (x − mean x) / √(var x + c),      P = U (Λ + ε)^(−½) Uᵀ,      w = P (x̂ − m)
+
+    with m and UΛUᵀ the mean and covariance of x̂ over the training images. It is compared with K patches drawn from
+    them, d_j = w_j/‖w_j‖. What exceeds a threshold counts, in either direction, averaged over all positions in each of
+    pool × pool regions of the image:
+
+        r_j = d_jᵀ w,      features  mean max(0, r_j − α)  and  mean max(0, −r_j − α)
+
+    All but the division is linear, and folded at the end of `fit`: with a_j = P d_j, as P is symmetric,
+
+        r_j = d_jᵀ P (x̂ − m) = a_jᵀ x̂ − b_j,      b_j = a_jᵀ m
+
+    so that encoding is a single matrix product of K × C·s·s. With S = sign(r) max(0, |r| − α), the two features are
+    (mean |S| ± mean S)/2.
+
+    Args:
+        patches: K.
+        patch_size: s, in pixels.
+        pool: into how many regions the positions are divided, each way. Images may differ in size, not in channels.
+        threshold: α ≥ 0; r_j has a standard deviation of about 0.7.
+        contrast: c > 0, in squared units of pixel values: a patch that varies much less than √c counts as flat.
+        whitening: ε > 0, in units of the variance of x̂, which is about 1.
+        seed: which patches are drawn.
+
+    Input is uint8 (b, C, H, W). Output is float32 (b, out_features), in the order (pool, pool, 2, K): row and column of
+    the region, positive and negative part, patch. The features of an image do not depend on the others in its batch.
+    Standardise them before a penalised fit, as `solve` does: they are about as large as their patches are frequent.
+
+    Attributes:
+        out_features: 2·K·pool².
+        filters, offset: a_j, (K, C, s, s), and b_j, (K,), buffers on the device of the images; None before `fit` or
+            `load_state_dict`.
+
+    Products are formed in bfloat16 where that is much faster (`bfloat16_products`), with a relative error of about
+    2⁻⁸ in each response, and in the precision of the filters elsewhere.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Reference: Coates, Ng & Lee, AISTATS 2011; Coates & Ng, ICML 2011; Thiry et al., ICLR 2021.
+    """
+
+    name = "patches"
+    filters: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        patches: int = 1600,
+        patch_size: int = 6,
+        pool: int = 2,
+        threshold: float = 0.25,
+        contrast: float = 10.0,
+        whitening: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for option, count in (("patches", patches), ("patch_size", patch_size), ("pool", pool)):
+            if count < 1:
+                raise ValueError(f"{option} is at least 1, got {count}")
+        for option, number in (("contrast", contrast), ("whitening", whitening)):
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"{option} is a positive number, got {number}")
+        if not (math.isfinite(threshold) and threshold >= 0):
+            raise ValueError(f"threshold is a number ≥ 0, got {threshold}")
+        self.patches, self.patch_size, self.pool = patches, patch_size, pool
+        self.threshold, self.contrast, self.whitening = threshold, contrast, whitening
+        self.seed = seed
+        self.register_buffer("filters", None)
+        self.register_buffer("offset", None)
+        nn.Module.register_load_state_dict_pre_hook(self, _make_room)
+
+    @property
+    def out_features(self) -> int:
+        return 2 * self.patches * self.pool**2
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that are not at their defaults: `PatchFeatures(**options)` is a module that loads this one."""
+        return options_of(self)
+
+    @torch.no_grad()
+    def fit(self, images: Images) -> PatchFeatures:
+        """Learn m, P and the patches d_j from images, uint8 (n, C, H, W), of which 10,000 are looked at.
+
+        The result depends on the images, the options and the seed alone. It replaces what was learned before.
+
+        Raises:
+            TypeError: images that are not uint8.
+            ValueError: fewer than 2 images, or too small ones.
+        """
+        self._check(images)
+        if images.shape[0] < 2:
+            raise ValueError(f"patches are learned from at least 2 images, got {images.shape[0]}")
+        generator = torch.Generator().manual_seed(self.seed)
+        sampled = _normalised(self._sample(images, generator).flatten(1), self.contrast)
+        mean = sampled.mean(0)
+        sampled -= mean
+        values, vectors = torch.linalg.eigh(sampled.T @ sampled / len(sampled))
+        # Rounding may leave a variance of 0 negative.
+        whiten = vectors * (values.clamp(min=0) + self.whitening).rsqrt() @ vectors.T
+        chosen = sampled[torch.randperm(len(sampled), generator=generator)[: self.patches]] @ whiten
+        # A patch that is the mean has no direction, and no response.
+        directions = chosen / chosen.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        folded = directions @ whiten
+        shape = (self.patches, images.shape[1], self.patch_size, self.patch_size)
+        self.filters = folded.view(shape).to(images.device, torch.float32)
+        self.offset = (folded @ mean).to(images.device, torch.float32)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """The features of images: uint8 (b, C, H, W) → (b, out_features) in the precision of the filters.
+
+        Raises:
+            RuntimeError: nothing has been learned.
+            TypeError: images that are not uint8.
+            ValueError: another number of channels than in `fit`, or images that are too small.
+        """
+        if self.filters is None or self.offset is None:
+            raise RuntimeError("nothing has been learned: call fit(images) or load_state_dict(...) first")
+        self._check(images)
+        channels = self.filters.shape[1]
+        if images.shape[1] != channels:
+            raise ValueError(f"the patches have {channels} channels, but the images {images.shape[1]}")
+        half = self.filters.dtype == torch.float32 and bfloat16_products(self.filters.device.type)
+        matrix = self.filters.flatten(1).T.to(torch.bfloat16 if half else self.filters.dtype)
+        offset = -self.offset.to(matrix)
+        spans = [_parts(size, self.patch_size, self.pool) for size in images.shape[2:]]
+        out = self.filters.new_empty(len(images), self.pool**2, 2, self.patches)
+        positions = math.prod(math.ceil((size - self.patch_size + 1) / self.pool) for size in images.shape[2:])
+        # Room for the responses of so many images in one region, used again: new memory costs as much as the product.
+        fitting = min(len(images), _fitting(positions * self.patches * matrix.element_size(), images.device))
+        room = matrix.new_empty(2, fitting * positions * self.patches)
+        together = _fitting(positions * len(matrix) * out.element_size(), images.device)
+        for block, features in zip(images.split(together), out.split(together), strict=True):
+            pixels = block.to(out.dtype)
+            for region, (rows, columns) in enumerate(itertools.product(*spans)):
+                patches = _normalised(_unfolded(pixels[:, :, rows, columns], self.patch_size), self.contrast)
+                _respond(patches.to(matrix), matrix, offset, self.threshold, room, features[:, region])
+        return out.flatten(1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{option}={value}" for option, value in self.options().items())
+
+    def _check(self, images: Images) -> None:
+        if images.dtype != torch.uint8:
+            raise TypeError(
+                f"images are uint8 pixels of 0 … 255, got {images.dtype}: "
+                "numbers of 0 … 1 become pixels with (x * 255).round().to(torch.uint8)"
+            )
+        if len(images.shape) != 4:
+            raise ValueError(f"images have shape (n, C, H, W), got {tuple(images.shape)}")
+        height, width = images.shape[2:]
+        needed = self.patch_size + self.pool - 1
+        if images.shape[1] < 1 or min(height, width) < needed:
+            raise ValueError(
+                f"patch_size={self.patch_size} and pool={self.pool} need images of {needed} × {needed} pixels at "
+                f"least, got shape {tuple(images.shape)}: use larger images, or a smaller patch_size or pool"
+            )
+
+    def _sample(self, images: Images, generator: torch.Generator) -> Tensor:
+        """Patches at random places, in float64 on the CPU: at least K of them, (N, C, s, s)."""
+        n, channels, height, width = images.shape
+        count = max(_SAMPLES, self.patches)
+        rows = torch.randperm(n, generator=generator)[:_IMAGES].sort().values
+        which = torch.arange(count) * len(rows) // count
+        top = torch.randint(height - self.patch_size + 1, (count,), generator=generator)
+        left = torch.randint(width - self.patch_size + 1, (count,), generator=generator)
+        within = torch.arange(self.patch_size)
+        c = torch.arange(channels).view(-1, 1, 1)
+        y = top.view(-1, 1, 1, 1) + within.view(-1, 1)
+        x = left.view(-1, 1, 1, 1) + within
+        out = torch.empty(count, channels, self.patch_size, self.patch_size, dtype=torch.float64)
+        step = max(1, _GATHERED // (channels * height * width))
+        for start in range(0, len(rows), step):
+            some = images.index_select(0, rows[start : start + step].to(images.device)).cpu()
+            taken = (which >= start) & (which < start + step)
+            out[taken] = some[(which[taken] - start).view(-1, 1, 1, 1), c, y[taken], x[taken]].double()
+        return out
+
+
+@functools.cache
+def bfloat16_products(device: str) -> bool:
+    """Whether products of bfloat16 take less than half of the time of float32 here, found out at first use."""
+    size = 512 if device == "cpu" else 8192  # smaller ones only measure how long a GPU takes to start
+    patches, filters = torch.ones(size, 128, device=device), torch.ones(128, 2048, device=device)
+    half_patches, half_filters = patches.bfloat16(), filters.bfloat16()
+    try:
+        # An entry is waited for: a GPU returns before it has multiplied.
+        half = _seconds(lambda: (half_patches @ half_filters)[0, 0].cpu())
+        return half < 0.5 * _seconds(lambda: (patches @ filters)[0, 0].cpu())
+    except RuntimeError:
+        return False
+
+
+def _fitting(size: int, device: torch.device) -> int:
+    """How many things of so many bytes are handled at a time: what stays in the caches, or fills a GPU."""
+    return max(1, (_CPU_BYTES * torch.get_num_threads() if device.type == "cpu" else _GPU_BYTES) // size)
+
+
+def _respond(patches: Tensor, matrix: Tensor, offset: Tensor, threshold: float, room: Tensor, out: Tensor) -> None:
+    """The mean positive and negative parts of S = sign(r) max(0, |r| − α), into `out` (b, 2, K).
+
+    Args:
+        patches: x̂ at the positions of a region, (b, C·s·s, positions). matrix: a_j, (C·s·s, K). offset: −b_j, (K,).
+        room: for the responses of some images, and as many numbers more, (2, …).
+    """
+    positions, count = patches.shape[2], len(offset)
+    step = room.shape[1] // (positions * count)
+    for x, features in zip(patches.split(step), out.split(step), strict=True):
+        responses, clipped = room[:, : len(x) * positions * count].view(2, len(x), positions, count)
+        # One product an image, so that its features are the same in every batch.
+        torch.baddbmm(offset, x.mT, matrix.expand(len(x), -1, -1), out=responses)
+        torch.clamp(responses, -threshold, threshold, out=clipped)
+        signed = responses.sub_(clipped).mean(1, dtype=out.dtype)
+        size = responses.abs_().mean(1, dtype=out.dtype)
+        torch.stack((size + signed, size - signed), 1, out=features).div_(2)
+
+
+def _parts(size: int, patch_size: int, pool: int) -> list[slice]:
+    """The pixels along one side that the patches of each region cover. No patch is in two regions."""
+    count = size - patch_size + 1
+    cuts = [i * count // pool for i in range(pool + 1)]
+    return [slice(start, stop + patch_size - 1) for start, stop in itertools.pairwise(cuts)]
+
+
+def _unfolded(pixels: Tensor, size: int) -> Tensor:
+    """The patches of images (b, C, H, W) as columns, (b, C·s·s, positions).
+
+    `F.unfold` gives the same in three times the time.
+    """
+    windows = pixels.unfold(2, size, 1).unfold(3, size, 1).permute(0, 1, 4, 5, 2, 3)
+    return windows.reshape(len(pixels), windows.shape[1:4].numel(), windows.shape[4:].numel())
+
+
+def _normalised(patches: Tensor, contrast: float) -> Tensor:
+    """(x − mean x)/√(var x + c) along dimension 1."""
+    centred = patches - patches.mean(1, keepdim=True)
+    return centred.mul_(centred.square().mean(1, keepdim=True).add_(contrast).rsqrt_())
+
+
+def _make_room(
+    module: PatchFeatures,
+    state: Mapping[str, Any],
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before loading: buffers for what is loaded, whose size depends on the number of channels."""
+    filters, offset = (state.get(prefix + buffer) for buffer in ("filters", "offset"))
+    if filters is None or offset is None or module.filters is not None:
+        return
+    size = module.patch_size
+    if filters.shape[0] != module.patches or filters.shape[2:] != (size, size):
+        errors.append(
+            f"the filters come from patches={filters.shape[0]} and patch_size={filters.shape[-1]}, but this module has "
+            f"patches={module.patches} and patch_size={size}: make it with the same options"
+        )
+    module.filters, module.offset = torch.empty_like(filters), torch.empty_like(offset)
