@@ -103,7 +103,8 @@ def test_nothing_changes_a_backbone() -> None:
     backbone.train()
     module = Around(backbone)
     module.train()
-    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", **quiet)  # type: ignore[arg-type]
     trainer.fit(module, DataLoader(TensorDataset(images(8)), batch_size=4))
     assert module.head.weight.grad is not None
     for name, tensor in backbone.state_dict().items():

@@ -59,7 +59,8 @@ def test_help_names_every_command_and_configuration(run: Run, arguments: list[st
 
 
 def test_an_unknown_command_suggests_the_nearest(run: Run) -> None:
-    refused(run("fti"), r"unknown command 'fti' \(did you mean 'fit'\?\); known: fit, solve, probe, validate, test, predict")
+    known = "fit, solve, probe, validate, test, predict"
+    refused(run("fti"), rf"unknown command 'fti' \(did you mean 'fit'\?\); known: {known}")
 
 
 def in_a_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

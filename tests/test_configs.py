@@ -15,14 +15,15 @@ from torchlin.cli.configs import config_folder, config_names, find_config
 pytestmark = pytest.mark.filterwarnings(r"error:::torchlin\..*")
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
+PROBES = [path for path in CONFIGS if "backbone" in path.read_text(encoding="utf-8")]
 
 
-def options_for(config: Path, tmp_path: Path) -> list[str]:
+def options_for(config: Path, tmp_path: Path, side: int = 6) -> list[str]:
     """What the command line has to add, by the kind of data."""
     kind = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["class_path"]
     if kind.endswith("ImageFolderDataModule"):
         counts = {f"{split}/{name}": n for split, n in (("train", 20), ("test", 5)) for name in ("cat", "dog", "eel")}
-        return ["--data.root", str(write_photos(tmp_path / "photos", counts, size=(6, 6)))]
+        return ["--data.root", str(write_photos(tmp_path / "photos", counts, size=(side, side)))]
     if kind.endswith("FeaturesDataModule"):
         return ["--data.path", str(write_table(tmp_path / "table.csv", names=("sour", "sweet")))]
     return []
@@ -33,7 +34,7 @@ def test_there_are_configurations() -> None:
     assert len(CONFIGS) >= 7
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path not in PROBES], ids=lambda path: path.stem)
 def test_a_configuration_trains_by_its_name(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = options_for(config, tmp_path)
@@ -43,6 +44,14 @@ def test_a_configuration_trains_by_its_name(config: Path, tmp_path: Path, monkey
     model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
     assert info["loss"]["name"] == (model["loss"] if isinstance(model["loss"], str) else model["loss"]["name"])
     assert (info["penalty"] is None) == ("penalty" not in model)
+
+
+@pytest.mark.parametrize("config", PROBES, ids=lambda path: path.stem)
+def test_a_configuration_probes_by_its_name(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [*options_for(config, tmp_path, side=9), "--patches=6", "--recipe.epochs=1", "--run=mine"]
+    assert main(["probe", "--config", config.stem, *options]) == 0
+    assert "13 heads" in load_head("mine").info["chosen"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

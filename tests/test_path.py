@@ -70,6 +70,38 @@ def test_an_l2_path_starts_where_zero_is_no_longer_certified() -> None:
     assert zero.gap == pytest.approx(1, abs=1e-2)  # D = 0, up to the bias
 
 
+@pytest.mark.parametrize("sample_weight", [None, torch.linspace(0.5, 2, 600)], ids=["plain", "weighted"])
+def test_choice_on_rows_that_do_not_count_until_then(sample_weight: Any) -> None:
+    rows = torch.arange(0, 600, 5)
+    kept = torch.ones(600, dtype=torch.float64).index_fill(0, rows, 0.0)
+    weight = kept if sample_weight is None else kept * sample_weight
+    x = SharedGram(FeatureMatrix.of(X, weight=sample_weight))
+    path = solve_path(x, Y, "softmax", L2, num=4, validation=rows, tol=1e-7, sample_weight=sample_weight)
+    assert x.computed == 1
+    assert path.index is not None
+    assert path.chosen is not None
+    for i, (strength, solution) in enumerate(zip(path.strengths, path.solutions, strict=True)):
+        alone = solve(
+            FeatureMatrix.of(X, weight=sample_weight), Y, "softmax", L2(strength), sample_weight=weight, tol=1e-7
+        )
+        torch.testing.assert_close(solution.weight, alone.weight, atol=1e-2, rtol=1e-2)
+        assert solution.objective == pytest.approx(alone.objective, rel=2e-7)
+        z = X @ solution.weight.T + solution.bias
+        right = (z.argmax(1) == Y).double()
+        share = torch.ones(600).double() if sample_weight is None else sample_weight.double()
+        assert path.val_accuracy[i] == pytest.approx(float((right * share)[rows].sum() / share[rows].sum()))
+        assert path.train_accuracy[i] == pytest.approx(float((right * share * kept).sum() / (share * kept).sum()))
+    everything = solve(X, Y, "softmax", L2(path.strengths[path.index]), sample_weight=sample_weight, tol=1e-7)
+    assert path.chosen.objective == pytest.approx(everything.objective, rel=2e-7)
+    unchosen = solve_path(x, Y, "softmax", L2, num=4, validation=rows, refit=False, sample_weight=sample_weight)
+    assert unchosen.chosen is unchosen.solutions[path.index]
+
+
+def test_rows_to_choose_on_leave_every_class_something() -> None:
+    with pytest.raises(ValueError, match="every sample of class 3"):
+        solve_path(X, Y, "softmax", L2, num=2, validation=(Y == 3).nonzero().flatten())
+
+
 def test_choice_on_validation_data_and_refit() -> None:
     path = solve_path(X, Y, "softmax", L2, strengths=[1e-6, 1.0, 1e-3, 1e-2, 1e-4], validation=(XV, YV), tol=1e-6)
     assert path.strengths == (1.0, 1e-2, 1e-3, 1e-4, 1e-6)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +175,8 @@ def test_patches_are_learned_from_the_training_images_and_kept(photos: Path, tmp
 
 
 @pytest.fixture(scope="module")
-def result(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProbeResult]:
-    yield probed(photos, tmp_path_factory.mktemp("cache"))
+def result(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> ProbeResult:
+    return probed(photos, tmp_path_factory.mktemp("cache"))
 
 
 def test_the_attached_model_gives_the_probes_scores(photos: Path, result: ProbeResult) -> None:
@@ -259,7 +258,7 @@ def test_bad_input_is_named(photos: Path, tmp_path: Path) -> None:
         LinearProbe(backbone(), method="adam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recipe is for method='sgd'"):
         LinearProbe(backbone(), recipe=Recipe())
-    with pytest.raises(TypeError, match="got Small: use torchlin.Backbone"):
+    with pytest.raises(TypeError, match=r"got Small: use torchlin\.Backbone"):
         LinearProbe(nets.Small())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="go with the name of a backbone"):
         LinearProbe(backbone(), layer="stem")

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchlin import functional
+from torchlin.bank import HeadBank
 from torchlin.features import FeatureMatrix
 from torchlin.heads import LinearHead, Standardization, absorb_bias, append_one, split_bias
 from torchlin.losses import (
@@ -24,6 +25,7 @@ from torchlin.losses import (
 )
 from torchlin.objective import Objective
 from torchlin.optim import apply_penalty
+from torchlin.patches import PatchFeatures
 from torchlin.penalties import L1, L2, PENALTIES, ElasticNet, Penalty
 from torchlin.registry import nearest
 from torchlin.solvers import (
@@ -70,6 +72,7 @@ __all__ = [
     "DivergenceError",
     "ElasticNet",
     "FeatureMatrix",
+    "HeadBank",
     "HingeLoss",
     "LinearClassifier",
     "LinearHead",
@@ -78,6 +81,7 @@ __all__ = [
     "Loss",
     "NotConvergedError",
     "Objective",
+    "PatchFeatures",
     "PathResult",
     "Penalty",
     "PerceptronLoss",

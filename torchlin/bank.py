@@ -84,10 +84,10 @@ class HeadBank(nn.Module):
 
     alive: Tensor
     lr: Tensor
-    l1: Tensor
-    l2: Tensor
-    order: Tensor
-    place: Tensor
+    _l1: Tensor
+    _l2: Tensor
+    _order: Tensor
+    _place: Tensor
 
     def __init__(
         self,
@@ -105,16 +105,19 @@ class HeadBank(nn.Module):
         super().__init__()
         rates = _checked_rates(lr)
         self.penalties = _one_each(penalty, len(rates))
-        self.feature_set = (0,) * len(rates) if feature_set is None else tuple(feature_set)
+        self.feature_set = (0,) * len(rates) if feature_set is None else tuple(map(int, feature_set))
         for argument, items in (("penalty", self.penalties), ("feature_set", self.feature_set), ("names", names)):
             if items is not None and len(items) != len(rates):
                 raise ValueError(f"lr lists {len(rates)} heads and {argument} {len(items)}: give one for each head")
         for each in self.penalties:
             _check_penalty(each)
-        self.counts = _counted(self.feature_set)
-        heads = zip(rates, self.penalties, self.feature_set, strict=True)
-        self.names = tuple(_name(*head, len(self.counts)) for head in heads) if names is None else tuple(names)
+        self._counts = _counted(self.feature_set)
+        heads = list(zip(rates, self.penalties, self.feature_set, strict=True))
+        self.names = tuple(_name(*head, len(self._counts)) for head in heads) if names is None else tuple(names)
         _check_unique(self.names)
+        self._told = [
+            f"{name!r} (lr, penalty, feature_set = {head})" for name, head in zip(self.names, heads, strict=True)
+        ]
 
         made = [LinearHead(in_features, num_classes, True, init, device, dtype) for _ in rates]
         self.in_features, self.num_classes = in_features, num_classes
@@ -126,21 +129,26 @@ class HeadBank(nn.Module):
         # What the constructor was told is not loaded, only compared (`set_extra_state`).
         per_head = {
             "lr": rates,
-            "l1": [0.0 if each is None else each.l1 for each in self.penalties],
-            "l2": [0.0 if each is None else each.l2 for each in self.penalties],
+            "_l1": [0.0 if each is None else each.l1 for each in self.penalties],
+            "_l2": [0.0 if each is None else each.l2 for each in self.penalties],
         }
         for name, numbers in per_head.items():
             self.register_buffer(name, self.bias.new_tensor(numbers), persistent=False)
         # Heads set after set, and where each is then found.
         order = torch.tensor(sorted(range(len(rates)), key=self.feature_set.__getitem__), device=device)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("place", order.argsort(), persistent=False)
+        self.register_buffer("_order", order, persistent=False)
+        self.register_buffer("_place", order.argsort(), persistent=False)
         self._listed_by_set = list(self.feature_set) == sorted(self.feature_set)
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._reported: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def feature_sets(self) -> int:
+        """S."""
+        return len(self._counts)
 
     # Training.
 
@@ -245,8 +253,7 @@ class HeadBank(nn.Module):
         return self.names.index(name)
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        told = zip(self.names, self.lr.tolist(), self.penalties, self.feature_set, strict=True)
-        return {"heads": [f"{name!r} (lr={rate}, penalty={p}, feature_set={s})" for name, rate, p, s in told]}
+        return {"heads": self._told}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         """Compare whose state it is: weights are never loaded as those of other heads.
@@ -254,10 +261,7 @@ class HeadBank(nn.Module):
         Raises:
             ValueError: the state of a bank with other heads.
         """
-        saved, own = state["heads"], self.get_extra_state()["heads"]
-        if len(saved) != len(own):
-            raise ValueError(f"the state is of a bank of {len(saved)} heads, and this one has {len(own)}")
-        for index, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+        for index, (theirs, ours) in enumerate(zip(state["heads"], self._told, strict=True)):
             if theirs != ours:
                 raise ValueError(f"head {index} of the state is {theirs}, and of this bank {ours}: build it alike")
         self._reported = set(self.diverged)
@@ -268,14 +272,14 @@ class HeadBank(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, num_classes={self.num_classes}, heads={len(self)}, "
-            f"feature_sets={len(self.counts)}"
+            f"feature_sets={self.feature_sets}"
         )
 
     # Inside.
 
     def _inputs(self, x: Tensor) -> Tensor:
         """x as (S, b, p), in the precision of the weights."""
-        sets, p = len(self.counts), self.in_features
+        sets, p = self.feature_sets, self.in_features
         stacked = x.unsqueeze(0) if x.dim() == 2 and sets == 1 else x
         if stacked.dim() != 3 or (stacked.shape[0], stacked.shape[2]) != (sets, p):
             expected = f"(b, {p})" if sets == 1 else f"({sets}, b, {p}), one (b, {p}) for each feature set"
@@ -288,17 +292,17 @@ class HeadBank(nn.Module):
             raise TypeError(f"x is floating point, or pixels as uint8, got {x.dtype}")
         return stacked.to(self.weight.dtype)
 
-    def product(self, rows: Tensor, inputs: Tensor) -> Tensor:
+    def _product(self, rows: Tensor, inputs: Tensor) -> Tensor:
         """Row block h of rows (H, k, m) times the matrix s(h) of inputs (S, m, n): (H, k, n)."""
         h, k, m = rows.shape
-        sorted_rows = rows if self._listed_by_set else rows.index_select(0, self.order)
-        if len(set(self.counts)) == 1:
+        sorted_rows = rows if self._listed_by_set else rows.index_select(0, self._order)
+        if len(set(self._counts)) == 1:
             out = torch.bmm(sorted_rows.reshape(len(inputs), h // len(inputs) * k, m), inputs)
         else:
-            blocks = zip(sorted_rows.split(self.counts), inputs, strict=True)
+            blocks = zip(sorted_rows.split(self._counts), inputs, strict=True)
             out = torch.cat([block.flatten(0, 1) @ matrix for block, matrix in blocks])
         out = out.view(h, k, inputs.shape[-1])
-        return out if self._listed_by_set else out.index_select(0, self.place)
+        return out if self._listed_by_set else out.index_select(0, self._place)
 
     def _attached(self) -> bool:
         hooks = None if self._handle is None else self._handle.hooks_dict_ref()
@@ -357,11 +361,11 @@ class _BankStep:
 
     @property
     def l1(self) -> Tensor:
-        return self.bank.l1.view(-1, 1, 1)
+        return self.bank._l1.view(-1, 1, 1)
 
     @property
     def l2(self) -> Tensor:
-        return self.bank.l2.view(-1, 1, 1)
+        return self.bank._l2.view(-1, 1, 1)
 
     def penalized(self, like_weight: Tensor) -> Tensor:
         return like_weight
@@ -389,7 +393,7 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, bias: Tensor, inputs: Tensor, bank: HeadBank) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.bank = bank
-        return bank.product(weight, inputs.mT).add_(bias.unsqueeze(-1))
+        return bank._product(weight, inputs.mT).add_(bias.unsqueeze(-1))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -399,7 +403,7 @@ class _Scores(torch.autograd.Function):
         bank._check_attached()
         rated = gradient * bank.lr.view(-1, 1, 1)
         with without_autocast(inputs.device.type):
-            in_weight = bank.product(rated, inputs) if ctx.needs_input_grad[0] else None
+            in_weight = bank._product(rated, inputs) if ctx.needs_input_grad[0] else None
         return in_weight, rated.sum(-1) if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -428,7 +432,7 @@ class _Losses(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.gradient = gradient.view(h, b, k).mT
             # Zero, not 0·NaN. Asking a GPU whether there is anything to do would make it wait.
-            if scores.is_cuda or not bool(alive.all()):
+            if scores.device.type != "cpu" or not bool(alive.all()):
                 ctx.gradient.masked_fill_(~alive.view(h, 1, 1), 0)
             if coefficient is not None:
                 ctx.gradient.masked_fill_(coefficient == 0, 0)

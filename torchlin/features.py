@@ -25,7 +25,8 @@ __all__ = ["DenseFeatures", "FeatureMatrix", "PixelFeatures", "SparseFeatures"]
 _BLOCK_BYTES = 1 << 23
 # A symmetric product is formed in panels of at least so many columns, of which each is multiplied with the rest only.
 _PANEL = 256
-# Up to this size pixels are copied once, shifted; larger ones may be mapped from a file and are shifted block by block.
+# Up to this size pixels are shifted and floats standardised once, in a copy; larger ones, which may be mapped from a
+# file, block by block.
 _COPY_BYTES = 1 << 29
 
 
@@ -201,6 +202,11 @@ class DenseFeatures(_InBlocks):
     def _set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._mean, self._std = (t.to(dtype) for t in self.standardization)
+        self._ready: Tensor | None = None
+        size = dtype.itemsize * self.features.numel()
+        if size <= min(_COPY_BYTES, available_memory(self.device) // 8):
+            # Every product would standardise them anew, which takes longer than the product.
+            self._ready = self._standardized(slice(0, self.shape[0]))
 
     def _moments(self, weight: Tensor | None) -> Standardization:
         p = self.shape[1]
@@ -224,6 +230,9 @@ class DenseFeatures(_InBlocks):
         return self.features[index].to(self.device)
 
     def rows(self, index: Tensor | slice) -> Tensor:
+        return self._standardized(index) if self._ready is None else self._ready[index]
+
+    def _standardized(self, index: Tensor | slice) -> Tensor:
         rows = self._raw(index).to(self.dtype)
         return rows if self._plain else (rows - self._mean).div_(self._std)
 

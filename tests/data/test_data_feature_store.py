@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path, error: Exception) -
     def never_fits(images: Tensor) -> Tensor:
         raise error
 
-    with pytest.warns(UserWarning), pytest.raises(type(error)):
+    with pytest.warns(UserWarning, match="going on with 1 at a time"), pytest.raises(type(error)):
         load(tmp_path / "other", prepared(never_fits))
 
 

@@ -12,6 +12,8 @@ from torchlin.losses import Loss
 
 # Sums over samples are formed in fixed blocks, so that the number of threads does not change a bit of them.
 _BLOCK = 4096
+# torch works on fewer numbers than 2¹⁵ with one thread; on more it wakes the others, which costs as much as the work.
+_SERIAL = (1 << 15) - 1
 
 
 def fixed_sum(values: Tensor) -> float:
@@ -58,7 +60,7 @@ class DataTerm:
         self.coefficient = coefficient
 
     def blocks(self) -> Iterator[slice]:
-        step = max(64, min(_BLOCK, 16 * _BLOCK // self.outputs))
+        step = max(64, min(_BLOCK, _SERIAL // self.outputs))
         for start in range(0, self.size, step):
             yield slice(start, min(self.size, start + step))
 
