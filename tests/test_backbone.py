@@ -89,7 +89,7 @@ class Around(LightningModule):
 
     def training_step(self, batch: Any) -> Tensor:
         assert not any(module.training for module in self.backbone.modules())
-        return self.head(self.backbone(batch[0]).clone()).square().mean()
+        return self.head(self.backbone(batch[0])).square().mean()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1.0, weight_decay=0.1)

@@ -398,7 +398,7 @@ def test_a_state_of_other_heads_is_refused() -> None:
     state = bank_for(penalty=L1(0.1)).state_dict()
     for other, message in (
         (bank_for(penalty=L1(0.2)), r"head 0 of the state is 'lr=0\.02 L1\(strength=0\.1\)' .*, and of this bank"),
-        (bank_for(lr=(0.1,)), "size mismatch"),
+        (bank_for(lr=RATES[:3], penalty=L1(0.1)), "size mismatch"),
         (bank_for(names=["a", "b", "c", "d"], penalty=L1(0.1)), "head 0 of the state"),
         (bank_for(feature_set=(0, 0, 1, 1), names=bank_for(penalty=L1(0.1)).names, penalty=L1(0.1)), "head 2 of"),
     ):

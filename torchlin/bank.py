@@ -261,7 +261,8 @@ class HeadBank(nn.Module):
         Raises:
             ValueError: the state of a bank with other heads.
         """
-        for index, (theirs, ours) in enumerate(zip(state["heads"], self._told, strict=True)):
+        # Another number of heads is another shape of weights, which torch has found already.
+        for index, (theirs, ours) in enumerate(zip(state["heads"], self._told, strict=False)):
             if theirs != ours:
                 raise ValueError(f"head {index} of the state is {theirs}, and of this bank {ours}: build it alike")
         self._reported = set(self.diverged)

@@ -41,6 +41,10 @@ class Learner(Protocol):
 
     def options(self) -> dict[str, Any]: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
+
 
 class Reader(nn.Module):
     """A network up to one of its layers, whose output is pooled to one row per image: (b, …) → (b, p).
@@ -186,7 +190,7 @@ class Backbone(nn.Module):
             x = self.preprocess(images)
             with _explained(self.name, x):
                 rows: Tensor = self.reader(x)
-            return rows.float()
+        return rows.to(torch.float32, copy=True)  # outside, so that a head may be trained on it
 
     def info(self) -> dict[str, Any]:
         """What it is, as plain JSON values."""

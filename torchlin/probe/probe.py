@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from torchlin.data.base import ArrayDataModule, SplitName
@@ -204,7 +205,9 @@ class LinearProbe:
         if data.input_info["kind"] != "pixels":
             raise ValueError("a probe takes images, and these data are features: train on them with fit or solve")
         backbone = self.backbone.to(self.device) if self.device is not None else self.backbone
-        source = FeatureSource(backbone, data, cache_folder(self.cache_dir), self.dtype, self.batch_size, self.report)
+        source = FeatureSource(
+            backbone, data, cache_folder(self.cache_dir), self.dtype, self.batch_size, self.device, self.report
+        )
         started = time.perf_counter()
         x, y, held, names, computed = self._training(source, data)
         features_done = time.perf_counter()
@@ -327,10 +330,17 @@ class FeatureSource:
     """The features of the splits of some data, from the cache where it has them."""
 
     def __init__(
-        self, backbone: Backbone, data: ArrayDataModule, cache: Any, dtype: str, batch_size: int, report: Report | None
+        self,
+        backbone: Backbone,
+        data: ArrayDataModule,
+        cache: Path,
+        dtype: str,
+        batch_size: int,
+        device: torch.device | str | None,
+        report: Report | None,
     ) -> None:
         self.backbone, self.data, self.cache = backbone, data, cache
-        self.dtype, self.batch_size, self.report = dtype, batch_size, report
+        self.dtype, self.batch_size, self.device, self.report = dtype, batch_size, device, report
         # The weights that there are now: a learner's own come later.
         self._fingerprint = backbone.fingerprint()
 
@@ -342,8 +352,7 @@ class FeatureSource:
         """
         backbone, data = self.backbone, self.data
         facts = {
-            "source": f"{data.name}-{split}", "data": data.state_of(split), "backbone": self._fingerprint,
-            "batch_size": self.batch_size,
+            "source": f"{data.name}-{split}", "data": data.state_of(split), "backbone": self._fingerprint
         }  # fmt: skip
         if backbone.learner is not None:
             facts["learned_on"] = data.state_of("train")
@@ -351,7 +360,7 @@ class FeatureSource:
         def prepare(kept: Mapping[str, Tensor]) -> Prepared:
             inputs, targets = data.arrays(split)
             images = Images(inputs, targets, lambda row: data.name_of(split, row))
-            if split == "train" and isinstance(backbone.learner, nn.Module):
+            if split == "train" and backbone.learner is not None:
                 self._learn(kept, images)
                 return Prepared(images, self._extractor(), backbone.learner.state_dict())
             return Prepared(images, self._extractor(), {})
@@ -364,14 +373,14 @@ class FeatureSource:
             f"{data.name}-{split}-{backbone.name}", facts, prepare, self.cache, dtype=self.dtype,
             batch_size=self.batch_size, report=told,
         )  # fmt: skip
-        if stored.extra and isinstance(backbone.learner, nn.Module):
+        if stored.extra and backbone.learner is not None:
             backbone.learner.load_state_dict(stored.extra)
         return stored
 
     def _learn(self, kept: Mapping[str, Tensor], images: Images) -> None:
         learner = self.backbone.learner
         assert learner is not None
-        if kept and isinstance(learner, nn.Module):
+        if kept:
             learner.load_state_dict(dict(kept))
             return
         if self.report is not None:
@@ -379,9 +388,9 @@ class FeatureSource:
         learner.fit(images.inputs)
 
     def _extractor(self) -> Extractor:
-        backbone = self.backbone
-        tensors = (*backbone.parameters(), *backbone.buffers())
-        device = tensors[0].device if tensors else torch.device("cpu")
+        known = (t.device for t in (*self.backbone.parameters(), *self.backbone.buffers()))
+        device = torch.device(self.device) if self.device is not None else next(known, torch.device("cpu"))
+        backbone = self.backbone.to(device)  # also what it has only just learned
 
         def extract(images: Tensor) -> Tensor:
             rows: Tensor = backbone(images.to(device))
