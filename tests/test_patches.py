@@ -66,43 +66,43 @@ def learned(f: PatchFeatures, images: Tensor) -> Learned:
 
 def encoded(f: PatchFeatures, by: Learned, image: Tensor) -> Tensor:
     """The features of one image, (pool, pool, 2, K)."""
-    s, pool = f.patch_size, f.pool
-    height, width = image.shape[1] - s + 1, image.shape[2] - s + 1
-    total = torch.zeros(pool, pool, 2, f.patches, dtype=torch.float64)
-    count = torch.zeros(pool, pool, 1, 1)
-    # The last region starts at the cut or before the position, as do those before it.
-    rows, columns = ([i * size // pool for i in range(pool)] for size in (height, width))
-    for y in range(height):
-        for x in range(width):
-            response = by.directions @ by.whiten @ (hat(image[:, y : y + s, x : x + s], f.contrast) - by.mean)
-            region = sum(y >= cut for cut in rows) - 1, sum(x >= cut for cut in columns) - 1
-            total[region][0] += (response - f.threshold).clamp(min=0)
-            total[region][1] += (-response - f.threshold).clamp(min=0)
-            count[region] += 1
-    return total / count
+    s = f.patch_size
+    responses = torch.empty(f.patches, image.shape[1] - s + 1, image.shape[2] - s + 1, dtype=torch.float64)
+    for y in range(responses.shape[1]):
+        for x in range(responses.shape[2]):
+            w = by.whiten @ (hat(image[:, y : y + s, x : x + s], f.contrast) - by.mean)
+            responses[:, y, x] = by.directions @ w
+    parts = torch.stack((responses - f.threshold, -responses - f.threshold)).clamp(min=0)
+    return nn.functional.adaptive_avg_pool2d(parts, f.pool).permute(2, 3, 0, 1)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flip"])
 @pytest.mark.parametrize(
-    ("shape", "size", "pool"),
-    [((3, 12, 12), 6, 2), ((1, 9, 14), 3, 3), ((3, 7, 6), 5, 2), ((2, 8, 5), 1, 1), ((1, 6, 6), 6, 1)],
+    ("shape", "size", "pool", "threshold"),
+    [
+        ((3, 12, 12), 6, 2, 0.25),
+        ((1, 9, 14), 3, 3, 0.0),
+        ((3, 7, 6), 5, 2, 0.5),
+        ((2, 8, 5), 1, 1, 0.5),
+        ((1, 6, 6), 6, 1, 0.1),
+    ],
     ids=["colour", "gray", "small", "pixels", "one"],
 )
 def test_features_are_what_the_docstring_defines(
-    shape: tuple[int, int, int], size: int, pool: int, threshold: float
+    shape: tuple[int, int, int], size: int, pool: int, threshold: float, flip: bool
 ) -> None:
     images = textures(30, *shape)
-    f = PatchFeatures(7, size, pool, threshold, seed=3).fit(images)
+    f = PatchFeatures(7, size, pool, threshold, flip=flip, seed=3).fit(images)
     by = learned(f, images)
-    out = f(images[:4])
-    assert out.shape == (4, f.out_features) == (4, 2 * 7 * pool**2)
-    assert out.dtype == torch.float32
-    expected = torch.stack([encoded(f, by, image) for image in images[:4]])
-    torch.testing.assert_close(out.view(expected.shape).double(), expected, rtol=1e-5, atol=1e-5)
-    # A single patch size serves images of other sizes.
-    larger = textures(1, shape[0], 17, 13)
-    expected = encoded(f, by, larger[0])
-    torch.testing.assert_close(f(larger).view(expected.shape).double(), expected, rtol=1e-5, atol=1e-5)
+    # Images of other sizes have the same features.
+    for some in (images[:3], textures(1, shape[0], 17, 13)):
+        out = f(some)
+        assert out.shape == (len(some), f.out_features) == (len(some), 2 * 7 * pool**2)
+        assert out.dtype == torch.float32
+        expected = torch.stack([encoded(f, by, image) for image in some])
+        if flip:
+            expected = (expected + torch.stack([encoded(f, by, image) for image in some.flip(3)])) / 2
+        torch.testing.assert_close(out.view(expected.shape).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_filters_hold_everything_linear() -> None:
@@ -123,22 +123,31 @@ def test_filters_hold_everything_linear() -> None:
     torch.testing.assert_close(double(images), f(images).double(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [5, 300, 3000], ids="patches={}".format)
-def test_features_of_an_image_do_not_depend_on_its_batch(count: int) -> None:
-    images = textures(67, 3, 32, 32)
-    f = PatchFeatures(count).fit(images)
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flip"])
+@pytest.mark.parametrize("count", [5, 300, 1600], ids="patches={}".format)
+def test_features_of_an_image_do_not_depend_on_its_batch(count: int, flip: bool) -> None:
+    images = textures(38, 3, 32, 32)
+    f = PatchFeatures(count, flip=flip).fit(images)
     together = f(images)
-    for size in (1, 2, 5, 64):
-        some = images[:5] if size < 64 else images
+    for size in (1, 2, 37):
+        some = images[:3] if size < 3 else images
         assert torch.equal(torch.cat([f(part) for part in some.split(size)]), together[: len(some)])
     assert torch.equal(f(images.flip(0)), together.flip(0))
     assert f(images[:0]).shape == (0, f.out_features)
     assert torch.equal(f(images.contiguous(memory_format=torch.channels_last)), together)
 
 
-def test_bfloat16_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_and_its_mirror_image_have_the_same_features() -> None:
+    images = textures(10, 3, 15, 11)
+    f = PatchFeatures(20, flip=True).fit(images)
+    torch.testing.assert_close(f(images), f(images.flip(3)), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(f(images), f(images.flip(2)), rtol=0.1)
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flip"])
+def test_bfloat16_is_near(flip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     images = textures(20, 3, 16, 16)
-    f = PatchFeatures(40).fit(images)
+    f = PatchFeatures(40, flip=flip).fit(images)
     exact = f(images)
     monkeypatch.setattr(patches, "bfloat16_products", lambda device: True)
     near = f(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,46 +43,50 @@ class PatchFeatures(nn.Module):
 
     A patch x, C·s·s pixels of 0 … 255, is freed of its brightness, contrast and correlations,
 
-        x̂ = (x − mean x) / √(var x + c),      P = U (Λ + ε)^(−½) Uᵀ,      w = P (x̂ − m)
+        x̂ = (x − mean x) / √(var x + c),      w = P (x̂ − m),      P = U (Λ + ε)^(−½) Uᵀ
 
-    with m and UΛUᵀ the mean and covariance of x̂ over the training images. It is compared with K patches drawn from
-    them, d_j = w_j/‖w_j‖. What exceeds a threshold counts, in either direction, averaged over all positions in each of
-    pool × pool regions of the image:
+    with m and UΛUᵀ the mean and covariance of x̂ over the training images, and compared with K patches drawn from them,
+    d_j = w_j/‖w_j‖. What exceeds a threshold counts, in either direction, on average over the positions of the patch in
+    each of pool × pool regions of the image, those of `F.adaptive_avg_pool2d`:
 
         r_j = d_jᵀ w,      features  mean max(0, r_j − α)  and  mean max(0, −r_j − α)
 
-    All but the division is linear, and folded at the end of `fit`: with a_j = P d_j, as P is symmetric,
+    After x̂ everything up to the threshold is linear, and `fit` folds it into one matrix and one offset: P = Pᵀ, so
 
-        r_j = d_jᵀ P (x̂ − m) = a_jᵀ x̂ − b_j,      b_j = a_jᵀ m
+        r_j = (P d_j)ᵀ (x̂ − m) = a_jᵀ x̂ − b_j,      a_j = P d_j,      b_j = a_jᵀ m
 
-    so that encoding is a single matrix product of K × C·s·s. With S = sign(r) max(0, |r| − α), the two features are
-    (mean |S| ± mean S)/2.
+    and all responses at all positions are one product with a_1 … a_K. With S = sign(r) max(0, |r| − α) the two features
+    are (mean |S| ± mean S)/2.
 
     Args:
         patches: K.
         patch_size: s, in pixels.
-        pool: into how many regions the positions are divided, each way. Images may differ in size, not in channels.
+        pool: how many regions each way. Images may differ in size, but not in their number of channels.
         threshold: α ≥ 0; r_j has a standard deviation of about 0.7.
-        contrast: c > 0, in squared units of pixel values: a patch that varies much less than √c counts as flat.
+        contrast: c > 0, in squares of pixel values: a patch that varies less than √c counts as nearly flat.
         whitening: ε > 0, in units of the variance of x̂, which is about 1.
+        flip: an image and its mirror image get the same features, the averages over both. Worth twice as many patches
+            where mirror images show the same things, as photographs do and digits and letters do not; the products take
+            no longer (`_halves`).
         seed: which patches are drawn.
 
-    Input is uint8 (b, C, H, W). Output is float32 (b, out_features), in the order (pool, pool, 2, K): row and column of
-    the region, positive and negative part, patch. The features of an image do not depend on the others in its batch.
-    Standardise them before a penalised fit, as `solve` does: they are about as large as their patches are frequent.
+    Input is uint8 (b, C, H, W). Output is (b, out_features), in the order (pool, pool, 2, K): row and column of the
+    region, positive and negative part, patch; float32, or the precision of the filters. The features of an image do not
+    depend on the rest of its batch. They are about as large as patches like theirs are frequent: standardise them
+    before a penalised fit, as `solve` does.
+
+    Products are formed in bfloat16 where that takes less than half of the time (`bfloat16_products`), which changes a
+    response by less than 1 % of its usual size, and otherwise in the precision of the filters.
 
     Attributes:
         out_features: 2·K·pool².
-        filters, offset: a_j, (K, C, s, s), and b_j, (K,), buffers on the device of the images; None before `fit` or
+        filters, offset: a_j, (K, C, s, s), and b_j, (K,): buffers where the images are, None before `fit` or
             `load_state_dict`.
-
-    Products are formed in bfloat16 where that is much faster (`bfloat16_products`), with a relative error of about
-    2⁻⁸ in each response, and in the precision of the filters elsewhere.
 
     Raises:
         ValueError: an option out of its range.
 
-    Reference: Coates, Ng & Lee, AISTATS 2011; Coates & Ng, ICML 2011; Thiry et al., ICLR 2021.
+    Reference: Coates, Ng & Lee, AISTATS 2011; Coates & Ng, ICML 2011; Thiry et al., ICLR 2021 (arXiv 2101.07528).
     """
 
     name = "patches"
@@ -97,6 +101,7 @@ class PatchFeatures(nn.Module):
         threshold: float = 0.25,
         contrast: float = 10.0,
         whitening: float = 0.1,
+        flip: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -110,7 +115,7 @@ class PatchFeatures(nn.Module):
             raise ValueError(f"threshold is a number ≥ 0, got {threshold}")
         self.patches, self.patch_size, self.pool = patches, patch_size, pool
         self.threshold, self.contrast, self.whitening = threshold, contrast, whitening
-        self.seed = seed
+        self.flip, self.seed = flip, seed
         self.register_buffer("filters", None)
         self.register_buffer("offset", None)
         nn.Module.register_load_state_dict_pre_hook(self, _make_room)
@@ -168,21 +173,26 @@ class PatchFeatures(nn.Module):
         if images.shape[1] != channels:
             raise ValueError(f"the patches have {channels} channels, but the images {images.shape[1]}")
         half = self.filters.dtype == torch.float32 and bfloat16_products(self.filters.device.type)
-        matrix = self.filters.flatten(1).T.to(torch.bfloat16 if half else self.filters.dtype)
-        offset = -self.offset.to(matrix)
-        spans = [_parts(size, self.patch_size, self.pool) for size in images.shape[2:]]
-        out = self.filters.new_empty(len(images), self.pool**2, 2, self.patches)
-        positions = math.prod(math.ceil((size - self.patch_size + 1) / self.pool) for size in images.shape[2:])
+        rows = self.filters.flatten(1).unsqueeze(2)
+        parts = _halves(rows, self.patch_size) if self.flip else (rows,)
+        matrices = [part.squeeze(2).T.to(torch.bfloat16 if half else part.dtype) for part in parts]
+        offset = -self.offset.to(matrices[0])
+        spans = [_regions(size, self.patch_size, self.pool) for size in images.shape[2:]]
+        out = self.filters.new_zeros(len(images), self.pool, self.pool, 2, self.patches)
+        positions = math.prod(max(s.stop - s.start for s in span) - self.patch_size + 1 for span in spans)
         # Room for the responses of so many images in one region, used again: new memory costs as much as the product.
-        fitting = min(len(images), _fitting(positions * self.patches * matrix.element_size(), images.device))
-        room = matrix.new_empty(2, fitting * positions * self.patches)
-        together = _fitting(positions * len(matrix) * out.element_size(), images.device)
+        fitting = min(max(1, len(images)), _fitting(positions * self.patches * offset.element_size(), images.device))
+        room = offset.new_empty(1 + len(parts), fitting * positions * self.patches)
+        together = _fitting(positions * rows.shape[1] * out.element_size(), images.device)
         for block, features in zip(images.split(together), out.split(together), strict=True):
             pixels = block.to(out.dtype)
-            for region, (rows, columns) in enumerate(itertools.product(*spans)):
-                patches = _normalised(_unfolded(pixels[:, :, rows, columns], self.patch_size), self.contrast)
-                _respond(patches.to(matrix), matrix, offset, self.threshold, room, features[:, region])
-        return out.flatten(1)
+            for (i, y), (j, x) in itertools.product(*map(enumerate, spans)):
+                patches = _normalised(_unfolded(pixels[:, :, y, x], self.patch_size), self.contrast)
+                parts = _halves(patches, self.patch_size) if self.flip else (patches,)
+                # What is on the left in an image is on the right in its mirror image.
+                pooled = (features[:, i, j], features[:, i, -1 - j])[: len(parts)]
+                _respond([part.to(offset) for part in parts], matrices, offset, self.threshold, room, pooled)
+        return out.flatten(1).div_(2 * len(matrices))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{option}={value}" for option, value in self.options().items())
@@ -227,8 +237,9 @@ class PatchFeatures(nn.Module):
 @functools.cache
 def bfloat16_products(device: str) -> bool:
     """Whether products of bfloat16 take less than half of the time of float32 here, found out at first use."""
-    size = 512 if device == "cpu" else 8192  # smaller ones only measure how long a GPU takes to start
-    patches, filters = torch.ones(size, 128, device=device), torch.ones(128, 2048, device=device)
+    # Slow where it is emulated; but small ones only measure how long a GPU takes to start.
+    size = 64 if device == "cpu" else 8192
+    patches, filters = torch.ones(size, 128, device=device), torch.ones(128, 512, device=device)
     half_patches, half_filters = patches.bfloat16(), filters.bfloat16()
     try:
         # An entry is waited for: a GPU returns before it has multiplied.
@@ -243,30 +254,60 @@ def _fitting(size: int, device: torch.device) -> int:
     return max(1, (_CPU_BYTES * torch.get_num_threads() if device.type == "cpu" else _GPU_BYTES) // size)
 
 
-def _respond(patches: Tensor, matrix: Tensor, offset: Tensor, threshold: float, room: Tensor, out: Tensor) -> None:
-    """The mean positive and negative parts of S = sign(r) max(0, |r| − α), into `out` (b, 2, K).
+def _respond(
+    patches: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    offset: Tensor,
+    threshold: float,
+    room: Tensor,
+    out: Sequence[Tensor],
+) -> None:
+    """Add mean |S| ± mean S, twice the two features, over the positions of a region to `out`, (b, 2, K) each.
 
     Args:
-        patches: x̂ at the positions of a region, (b, C·s·s, positions). matrix: a_j, (C·s·s, K). offset: −b_j, (K,).
-        room: for the responses of some images, and as many numbers more, (2, …).
+        patches: x̂, (b, C·s·s, positions); or its halves (u, v), for features of an image and of its mirror image.
+        matrices: a_j, (C·s·s, K); or its halves.
+        offset: −b_j, (K,).
+        room: for the responses of some images: once for each matrix, and once more.
     """
-    positions, count = patches.shape[2], len(offset)
+    positions, count = patches[0].shape[2], len(offset)
     step = room.shape[1] // (positions * count)
-    for x, features in zip(patches.split(step), out.split(step), strict=True):
-        responses, clipped = room[:, : len(x) * positions * count].view(2, len(x), positions, count)
+    for start in range(0, len(patches[0]), step):
+        some = slice(start, start + step)
+        even, *odd = (part[some].mT for part in patches)
+        size = len(even)
+        *responses, spare = room[:, : size * positions * count].view(-1, size, positions, count)
         # One product an image, so that its features are the same in every batch.
-        torch.baddbmm(offset, x.mT, matrix.expand(len(x), -1, -1), out=responses)
-        torch.clamp(responses, -threshold, threshold, out=clipped)
-        signed = responses.sub_(clipped).mean(1, dtype=out.dtype)
-        size = responses.abs_().mean(1, dtype=out.dtype)
-        torch.stack((size + signed, size - signed), 1, out=features).div_(2)
+        torch.baddbmm(offset, even, matrices[0].expand(size, -1, -1), out=responses[0])
+        if odd:
+            torch.bmm(odd[0], matrices[1].expand(size, -1, -1), out=spare)
+            torch.sub(responses[0], spare, out=responses[1])
+            responses[0] += spare
+        for r, features in zip(responses, out, strict=True):
+            torch.clamp(r, -threshold, threshold, out=spare)
+            signed = r.sub_(spare).mean(1, dtype=features.dtype)
+            total = r.abs_().mean(1, dtype=features.dtype)
+            features[some] += torch.stack((total + signed, total - signed), 1)
 
 
-def _parts(size: int, patch_size: int, pool: int) -> list[slice]:
-    """The pixels along one side that the patches of each region cover. No patch is in two regions."""
+def _halves(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The symmetric and the antisymmetric part (u, v) of patches (b, C·s·s, …) under exchange of left and right.
+
+    In an orthonormal basis, so that a·x = a_u·u + a_v·v, and a_u·u − a_v·v with the mirror image of x: both in the
+    time of one.
+    """
+    columns = patches.unflatten(1, (-1, size))
+    left, right = (part[:, :, : (size + 1) // 2] for part in (columns, columns.flip(2)))
+    even, odd = (left + right) * math.sqrt(0.5), (left - right)[:, :, : size // 2] * math.sqrt(0.5)
+    if size % 2:
+        even[:, :, -1] *= math.sqrt(0.5)  # the middle column, which is its own mirror image
+    return even.flatten(1, 2), odd.flatten(1, 2)
+
+
+def _regions(size: int, patch_size: int, pool: int) -> list[slice]:
+    """The pixels along one side that the patches of each region cover; the same from either end."""
     count = size - patch_size + 1
-    cuts = [i * count // pool for i in range(pool + 1)]
-    return [slice(start, stop + patch_size - 1) for start, stop in itertools.pairwise(cuts)]
+    return [slice(i * count // pool, -(-(i + 1) * count // pool) + patch_size - 1) for i in range(pool)]
 
 
 def _unfolded(pixels: Tensor, size: int) -> Tensor:
