@@ -67,6 +67,8 @@ def test_products(kind: str, standardize: bool, weighted: bool) -> None:
     index = torch.tensor([5, 0, 5, 202])
     torch.testing.assert_close(f.rows(index).double(), expected[index], **near)
     torch.testing.assert_close(f.rows(slice(3, 7)).double(), expected[3:7], **near)
+    some = torch.tensor([0, 4, 5, p - 1])
+    torch.testing.assert_close(f.columns(some).double(), expected[:, some], **near)
 
 
 def test_int8_and_float64_agree_in_every_bit_and_so_do_threads() -> None:

@@ -137,6 +137,17 @@ def test_features_of_an_image_do_not_depend_on_its_batch(count: int, flip: bool)
     assert torch.equal(f(images.contiguous(memory_format=torch.channels_last)), together)
 
 
+def test_blocks_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = textures(5, 3, 20, 23)
+    for flip in (False, True):
+        f = PatchFeatures(20, flip=flip).fit(images)
+        whole = f(images)
+        with monkeypatch.context() as patch:
+            patch.setattr(patches, "_CPU_BYTES", 7 * 20 * 4)  # 7 positions of one image at a time
+            torch.testing.assert_close(f(images), whole, rtol=1e-5, atol=1e-6)
+            assert torch.equal(f(images[2:3]), f(images)[2:3])
+
+
 def test_an_image_and_its_mirror_image_have_the_same_features() -> None:
     images = textures(10, 3, 15, 11)
     f = PatchFeatures(20, flip=True).fit(images)

@@ -376,6 +376,46 @@ def test_without_memory_for_the_gram(name: str, penalty: Penalty, monkeypatch: p
     assert without.objective == pytest.approx(with_gram.objective, rel=2e-3)
 
 
+@pytest.mark.parametrize("first", [3, 20])
+@pytest.mark.parametrize("penalty", [L1(1e-2), L1(0.2), ElasticNet(1e-2, 0.7)], ids=repr)
+@pytest.mark.parametrize("name", ["softmax", "squared_hinge"])
+def test_a_working_set_of_features_finds_the_same(
+    name: str, penalty: Penalty, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = solve(X, Y, name, penalty, tol=1e-7)
+    monkeypatch.setattr(sys.modules["torchlin.solvers.solve"], "_MANY", 10)
+    monkeypatch.setattr("torchlin.solvers.working._FIRST", first)
+    part = solve(X, Y, name, penalty, tol=1e-7)
+    assert part.gap <= 1e-7
+    assert part.objective == pytest.approx(whole.objective, rel=1e-7)
+    assert bool((part.weight == 0).any())
+
+
+def test_more_features_than_a_gram_matrix_could_be_had_of() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 6000, dtype=torch.float64)
+    y = (x[:, :2] @ torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]).double()).argmax(1)
+    s = solve(x, y, "softmax", L1(0.05), tol=1e-6)
+    # The conditions of optimality, in plain numbers: |V| ≤ λ where a weight is 0, V = −λ sign(w) elsewhere.
+    scaled = (x - x.mean(0)) / x.std(0, correction=0)
+    w = s.weight * x.std(0, correction=0)
+    z = x @ s.weight.T + s.bias
+    v = (z.softmax(1) - torch.nn.functional.one_hot(y, 3)).T @ scaled / 40
+    assert float(v.abs().max()) <= 0.05 * (1 + 1e-3)
+    torch.testing.assert_close(v[w != 0], -0.05 * w[w != 0].sign(), atol=1e-4, rtol=0)
+    assert 0 < int((w != 0).any(0).sum()) < 60
+
+
+def test_sparse_features_whose_gram_matrix_is_too_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = torch.where(X > 0.6, X, 0.0).to_sparse_csr()
+    monkeypatch.setattr("torchlin.solvers.precondition._UNKNOWNS", 10)
+    with_gram = solve(sparse, Y, "softmax", L2(1e-3), tol=1e-6)
+    monkeypatch.setattr(sys.modules["torchlin.solvers.solve"], "_DEAR", 0)
+    monkeypatch.setattr("torchlin.features.SparseFeatures.gram", None)
+    without = solve(sparse, Y, "softmax", L2(1e-3), tol=1e-6)
+    assert without.objective == pytest.approx(with_gram.objective, rel=1e-6)
+
+
 def test_float64_where_float32_cannot_certify() -> None:
     x = X.float()
     s = solve(x, Y, "softmax", L2(1e-5), tol=1e-9)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlin.heads import Init, LinearHead, without_autocast
-from torchlin.loss import Encoded, Loss
+from torchlin.loss import Loss
 from torchlin.optim import Group, ProximalStep, State, check_window, group_of, known_class, sgd_step
 from torchlin.penalties import Penalty
 from torchlin.registry import nearest
@@ -203,22 +203,15 @@ class HeadBank(nn.Module):
             raise ValueError(f"losses are means over the batch, got a loss with reduction={loss.reduction!r}")
         inputs = self._inputs(x)
         _check_target(target, inputs.shape[1])
-        with without_autocast(inputs.device.type):
-            scores: Tensor = _Scores.apply(self.weight, self.bias, inputs, self)
-            # Once for all heads: they have the target in common.
-            encoded, total, _ = loss.prepare(scores[0].detach().t(), target)
-            share = 1 / (torch.where(total > 0, total, 1) if isinstance(total, Tensor) else max(total, 1))
-            means_and_alive: tuple[Tensor, Tensor] = _Losses.apply(scores, self.alive, encoded, share, loss)
-        means, alive = means_and_alive
-        if means.requires_grad:
-            self.alive.copy_(alive)
-        return means.masked_fill(~self.alive, math.inf)
+        if torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad):
+            means: Tensor = _Losses.apply(self.weight, self.bias, inputs, target, loss, self)
+            return means
+        rows = _Rows(self._scores(self.weight, self.bias, inputs), target, loss)
+        return rows.means(loss.value(rows.scores, rows.target)).masked_fill(~self.alive, math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (H, b, k), a view of (H, k, b)."""
-        inputs = self._inputs(x)
-        with without_autocast(inputs.device.type):
-            scores: Tensor = _Scores.apply(self.weight, self.bias, inputs, self)
+        scores: Tensor = _Scores.apply(self.weight, self.bias, self._inputs(x), self)
         return scores.mT
 
     # What came of it.
@@ -293,15 +286,20 @@ class HeadBank(nn.Module):
             raise TypeError(f"x is floating point, or pixels as uint8, got {x.dtype}")
         return stacked.to(self.weight.dtype)
 
+    def _scores(self, weight: Tensor, bias: Tensor, inputs: Tensor) -> Tensor:
+        """(H, k, b), from inputs (S, b, p)."""
+        return self._product(weight, inputs.mT).add_(bias.unsqueeze(-1))
+
     def _product(self, rows: Tensor, inputs: Tensor) -> Tensor:
         """Row block h of rows (H, k, m) times the matrix s(h) of inputs (S, m, n): (H, k, n)."""
         h, k, m = rows.shape
         sorted_rows = rows if self._listed_by_set else rows.index_select(0, self._order)
-        if len(set(self._counts)) == 1:
-            out = torch.bmm(sorted_rows.reshape(len(inputs), h // len(inputs) * k, m), inputs)
-        else:
-            blocks = zip(sorted_rows.split(self._counts), inputs, strict=True)
-            out = torch.cat([block.flatten(0, 1) @ matrix for block, matrix in blocks])
+        with without_autocast(inputs.device.type):
+            if len(set(self._counts)) == 1:
+                out = torch.bmm(sorted_rows.reshape(len(inputs), h // len(inputs) * k, m), inputs)
+            else:
+                blocks = zip(sorted_rows.split(self._counts), inputs, strict=True)
+                out = torch.cat([block.flatten(0, 1) @ matrix for block, matrix in blocks])
         out = out.view(h, k, inputs.shape[-1])
         return out if self._listed_by_set else out.index_select(0, self._place)
 
@@ -388,72 +386,88 @@ class _BankStep:
 
 
 class _Scores(torch.autograd.Function):
-    """Scores of all heads, (H, k, b), with gradients that are multiplied by each head's learning rate."""
+    """Scores of all heads, (H, k, b)."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, inputs: Tensor, bank: HeadBank) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.bank = bank
-        return bank._product(weight, inputs.mT).add_(bias.unsqueeze(-1))
+        return bank._scores(weight, bias, inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _check_once()
-        (inputs,) = ctx.saved_tensors
-        bank: HeadBank = ctx.bank
-        bank._check_attached()
-        rated = gradient * bank.lr.view(-1, 1, 1)
-        with without_autocast(inputs.device.type):
-            in_weight = bank._product(rated, inputs) if ctx.needs_input_grad[0] else None
-        return in_weight, rated.sum(-1) if ctx.needs_input_grad[1] else None, None, None
+        return *_in_parameters(ctx, gradient * ctx.bank.lr.view(-1, 1, 1)), None, None
+
+
+class _Rows:
+    """What a loss sees of all heads: `scores` (H·b, k), `target` repeated for each, and what makes means of its values.
+
+    The scores are held class after class, so that sums over classes add whole rows of samples.
+    """
+
+    def __init__(self, scores: Tensor, target: Tensor, loss: Loss) -> None:
+        self.heads, outputs, self.samples = scores.shape
+        # Once for all heads: they have the target in common.
+        (encoded, self.coefficient, _), total, _ = loss.prepare(scores[0].t(), target)
+        self.share = 1 / (torch.where(total > 0, total, 1) if isinstance(total, Tensor) else max(total, 1))
+        self.scores = scores.transpose(0, 1).reshape(outputs, self.heads * self.samples).t()
+        self.target = encoded.expand(self.heads, *encoded.shape).flatten(0, 1)
+
+    def means(self, values: Tensor) -> Tensor:
+        """(H,), from one value per row."""
+        values = values.view(self.heads, self.samples)
+        if self.coefficient is not None:
+            values = torch.where(self.coefficient != 0, values * self.coefficient, 0)
+        return values.sum(1) * self.share
 
 
 class _Losses(torch.autograd.Function):
-    """Mean losses (H,) of scores (H, k, b), and who is alive after them, (H,). A share is 1/N."""
+    """Mean losses of all heads, (H,): scores, losses and G = ∂L/∂Z in one go, and one product left for backward.
+
+    With c_i the coefficient of sample i, N what the mean divides by and u_h the upstream gradient, backward is that of
+    the scores for lr_h u_h c_i/N G, and every head has its own factor anyway, so its learning rate costs nothing.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, alive: Tensor, encoded: Encoded, share: Tensor | float, loss: Loss
-    ) -> tuple[Tensor, Tensor]:
-        target, coefficient, _ = encoded
-        h, k, b = scores.shape
-        # Rows (H·b, k) held class after class, so that sums over classes add whole rows of samples.
-        rows = scores.transpose(0, 1).reshape(k, h * b).t()
-        repeated = target.expand(h, *target.shape).flatten(0, 1)
-        if ctx.needs_input_grad[0]:
-            values, gradient = loss.value_and_gradient(rows, repeated)
-        else:
-            values = loss.value(rows, repeated)
-        values = values.view(h, b)
-        if coefficient is not None:
-            values = torch.where(coefficient != 0, values * coefficient, 0)
-        means = values.sum(1) * share
-        alive = alive & means.isfinite()
-        ctx.mark_non_differentiable(alive)
-        if ctx.needs_input_grad[0]:
-            ctx.gradient = gradient.view(h, b, k).mT
-            # Zero, not 0·NaN. Asking a GPU whether there is anything to do would make it wait.
-            if scores.device.type != "cpu" or not bool(alive.all()):
-                ctx.gradient.masked_fill_(~alive.view(h, 1, 1), 0)
-            if coefficient is not None:
-                ctx.gradient.masked_fill_(coefficient == 0, 0)
-            ctx.alive, ctx.share = alive, share if coefficient is None else coefficient * share
-        return means, alive
+        ctx: Any, weight: Tensor, bias: Tensor, inputs: Tensor, target: Tensor, loss: Loss, bank: HeadBank
+    ) -> Tensor:
+        rows = _Rows(bank._scores(weight, bias, inputs), target, loss)
+        values, gradient = loss.value_and_gradient(rows.scores, rows.target)
+        means = rows.means(values)
+        bank.alive.logical_and_(means.abs() < math.inf)
+        dead = ~bank.alive
+        gradient = gradient.unflatten(0, (rows.heads, rows.samples)).mT
+        # Zero, not 0·NaN. Asking a GPU whether there is anything to do would make it wait.
+        if gradient.device.type != "cpu" or bool(dead.any()):
+            gradient.masked_fill_(dead.view(-1, 1, 1), 0)
+        if rows.coefficient is not None:
+            gradient.masked_fill_(rows.coefficient == 0, 0)
+        ctx.save_for_backward(inputs)
+        ctx.bank, ctx.gradient, ctx.dead = bank, gradient, dead
+        ctx.share = rows.share if rows.coefficient is None else rows.coefficient * rows.share
+        return means.masked_fill_(dead, math.inf)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        _check_once()
-        # Not 0·∞: what a user makes of the loss of a dropped head may have any gradient.
-        scale = torch.where(ctx.alive, upstream, 0).view(-1, 1, 1) * ctx.share
-        scaled = torch.empty(ctx.gradient.shape, dtype=upstream.dtype, device=upstream.device)
-        return torch.mul(ctx.gradient, scale, out=scaled), None, None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Nor 0·∞: what a user makes of the loss of a dropped head may have any gradient.
+        rates = upstream.masked_fill(ctx.dead, 0) * ctx.bank.lr
+        rated = torch.empty(ctx.gradient.shape, dtype=upstream.dtype, device=upstream.device)
+        torch.mul(ctx.gradient, rates.view(-1, 1, 1) * ctx.share, out=rated)
+        return *_in_parameters(ctx, rated), None, None, None, None
 
 
-def _check_once() -> None:
+def _in_parameters(ctx: Any, rated: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients in W (H, k, p) and b (H, k) that follow from one in the scores, (H, k, b)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True asks for second derivatives, and a HeadBank has none: take them of a LinearHead"
         )
+    bank: HeadBank = ctx.bank
+    bank._check_attached()
+    (inputs,) = ctx.saved_tensors
+    in_weight, in_bias, *_ = ctx.needs_input_grad
+    return bank._product(rated, inputs) if in_weight else None, rated.sum(-1) if in_bias else None
 
 
 def _checked_rates(lr: Sequence[float]) -> list[float]:

@@ -49,6 +49,11 @@ class FeatureMatrix:
     exact = False
     threads: int | None = None
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a product reads."""
+        return self.shape[0] * self.shape[1]
+
     @staticmethod
     def of(
         features: Tensor | FeatureMatrix,
@@ -122,6 +127,13 @@ class FeatureMatrix:
     def rows(self, index: Tensor | slice) -> Tensor:
         """The standardised rows of an index, (m, p)."""
         raise NotImplementedError
+
+    def columns(self, index: Tensor) -> Tensor:
+        """The standardised columns of an index, (n, m)."""
+        out = torch.empty(self.shape[0], len(index), dtype=self.dtype, device=self.device)
+        for block in self.blocks():
+            out[block] = self.rows(block)[:, index]
+        return out
 
     def double(self) -> FeatureMatrix:
         """The same features with products in float64."""
@@ -434,6 +446,10 @@ class SparseFeatures(FeatureMatrix):
             mean, std = self._moments(weight)
         self.standardization = Standardization(mean, std)
 
+    @property
+    def numbers(self) -> int:
+        return self.features.values().numel()
+
     def _set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.features = self.features.to(dtype)
@@ -471,6 +487,18 @@ class SparseFeatures(FeatureMatrix):
         at = torch.arange(len(row), device=self.device) - first[row] + crow[index][row]
         dense.index_put_((row, self.features.col_indices()[at]), self.features.values()[at], accumulate=True)
         return dense.sub_(mean).div_(std)
+
+    def columns(self, index: Tensor) -> Tensor:
+        n, p = self.shape
+        place = torch.full((p,), -1, device=self.device)
+        place[index] = torch.arange(len(index), device=self.device)
+        at = place[self.features.col_indices()]
+        kept = at >= 0
+        row = torch.repeat_interleave(torch.arange(n, device=self.device), self.features.crow_indices().diff())
+        out = torch.zeros(n, len(index), dtype=self.dtype, device=self.device)
+        out.index_put_((row[kept], at[kept]), self.features.values()[kept], accumulate=True)
+        mean, std = (t.to(self.dtype)[index] for t in self.standardization)
+        return out.sub_(mean).div_(std)
 
     def _moments(self, weight: Tensor | None) -> Standardization:
         n = self.shape[0]

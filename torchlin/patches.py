@@ -6,19 +6,20 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from torchlin.integers import _seconds
+from torchlin.machine import on_threads
 from torchlin.registry import options_of
 
 # What is learned from: so many patches, of so many images at most.
 _SAMPLES, _IMAGES = 100_000, 10_000
 # So many bytes of pixels are gathered at a time for that.
 _GATHERED = 1 << 26
-# So many bytes of patches, and of responses, are made at a time: on a CPU, for each thread, they never leave its cache.
+# So many bytes of patches, and of responses for each thread, are made at a time. On a CPU they never leave its cache.
 _CPU_BYTES, _GPU_BYTES = 3 << 19, 1 << 28
 
 
@@ -75,8 +76,8 @@ class PatchFeatures(nn.Module):
     depend on the rest of its batch. They are about as large as patches like theirs are frequent: standardise them
     before a penalised fit, as `solve` does.
 
-    Products are formed in bfloat16 where that takes less than half of the time (`bfloat16_products`), which changes a
-    response by less than 1 % of its usual size, and otherwise in the precision of the filters.
+    Products are formed in bfloat16 where that takes clearly less time (`bfloat16_products`), which changes a response
+    by less than 1 % of its usual size, and otherwise in the precision of the filters.
 
     Attributes:
         out_features: 2·K·pool².
@@ -99,9 +100,9 @@ class PatchFeatures(nn.Module):
         patch_size: int = 6,
         pool: int = 2,
         threshold: float = 0.25,
-        contrast: float = 10.0,
+        contrast: float = 400.0,
         whitening: float = 0.1,
-        flip: bool = False,
+        flip: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class PatchFeatures(nn.Module):
         return options_of(self)
 
     @torch.no_grad()
-    def fit(self, images: Images) -> PatchFeatures:
+    def fit(self, images: Images) -> Self:
         """Learn m, P and the patches d_j from images, uint8 (n, C, H, W), of which 10,000 are looked at.
 
         The result depends on the images, the options and the seed alone. It replaces what was learned before.
@@ -169,30 +170,30 @@ class PatchFeatures(nn.Module):
         if self.filters is None or self.offset is None:
             raise RuntimeError("nothing has been learned: call fit(images) or load_state_dict(...) first")
         self._check(images)
-        channels = self.filters.shape[1]
+        channels, size = self.filters.shape[1:3]
         if images.shape[1] != channels:
             raise ValueError(f"the patches have {channels} channels, but the images {images.shape[1]}")
         half = self.filters.dtype == torch.float32 and bfloat16_products(self.filters.device.type)
-        rows = self.filters.flatten(1).unsqueeze(2)
-        parts = _halves(rows, self.patch_size) if self.flip else (rows,)
-        matrices = [part.squeeze(2).T.to(torch.bfloat16 if half else part.dtype) for part in parts]
-        offset = -self.offset.to(matrices[0])
-        spans = [_regions(size, self.patch_size, self.pool) for size in images.shape[2:]]
+        kind = torch.bfloat16 if half else self.filters.dtype
+        columns = self._parts(self.filters.flatten(1).unsqueeze(2))
+        responses = _Responses([part.squeeze(2).T.to(kind) for part in columns], self.offset.to(kind), self.threshold)
+        spans = [_regions(length, size, self.pool) for length in images.shape[2:]]
         out = self.filters.new_zeros(len(images), self.pool, self.pool, 2, self.patches)
-        positions = math.prod(max(s.stop - s.start for s in span) - self.patch_size + 1 for span in spans)
-        # Room for the responses of so many images in one region, used again: new memory costs as much as the product.
-        fitting = min(max(1, len(images)), _fitting(positions * self.patches * offset.element_size(), images.device))
-        room = offset.new_empty(1 + len(parts), fitting * positions * self.patches)
-        together = _fitting(positions * rows.shape[1] * out.element_size(), images.device)
+        numbers = images.shape[1:].numel() * size**2 // self.pool**2  # in the patches of one region
+        together = max(1, _limit(images.device) // (numbers * out.element_size()))
         for block, features in zip(images.split(together), out.split(together), strict=True):
             pixels = block.to(out.dtype)
             for (i, y), (j, x) in itertools.product(*map(enumerate, spans)):
-                patches = _normalised(_unfolded(pixels[:, :, y, x], self.patch_size), self.contrast)
-                parts = _halves(patches, self.patch_size) if self.flip else (patches,)
+                patches = _normalised(_unfolded(pixels[:, :, y, x], size), self.contrast)
+                sums = responses.sums([part.to(kind) for part in self._parts(patches)])
                 # What is on the left in an image is on the right in its mirror image.
-                pooled = (features[:, i, j], features[:, i, -1 - j])[: len(parts)]
-                _respond([part.to(offset) for part in parts], matrices, offset, self.threshold, room, pooled)
-        return out.flatten(1).div_(2 * len(matrices))
+                for column, part in zip((j, -1 - j), sums, strict=False):
+                    features[:, i, column].add_(part, alpha=1 / (2 * len(sums) * patches.shape[2]))
+        return out.flatten(1)
+
+    def _parts(self, patches: Tensor) -> tuple[Tensor, ...]:
+        """Patches or filters (b, C·s·s, …) as they are multiplied: as they are, or in halves."""
+        return _halves(patches, self.patch_size) if self.flip else (patches,)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{option}={value}" for option, value in self.options().items())
@@ -234,60 +235,74 @@ class PatchFeatures(nn.Module):
         return out
 
 
+class _Responses:
+    """What of r_j = a_jᵀ x̂ − b_j exceeds the threshold, in blocks that are small enough for a cache.
+
+    Args:
+        filters: a_1 … a_K as columns, (C·s·s, K); or their halves, for the features of an image and its mirror image.
+        offset: b_j, (K,). threshold: α.
+    """
+
+    def __init__(self, filters: Sequence[Tensor], offset: Tensor, threshold: float) -> None:
+        self.filters, self.offset, self.threshold = filters, -offset, threshold
+        numbers = _limit(offset.device) // offset.element_size()
+        threads = torch.get_num_threads() if offset.device.type == "cpu" else 1
+        # So many positions of an image at a time, whatever else is multiplied with it.
+        self.positions = max(1, numbers // len(offset))
+        # New memory would cost as much as the product.
+        self.room = offset.new_empty(1 + len(filters), max(numbers * threads, len(offset)))
+
+    def sums(self, patches: Sequence[Tensor]) -> Tensor:
+        """Σ |S| + Σ S and Σ |S| − Σ S over all positions, twice the sums of either sign, from x̂ or its halves.
+
+        Args:
+            patches: (b, C·s·s, positions), as many as there are filters.
+
+        Returns:
+            float32 (float64 for float64), (1, b, 2, K); with halves (2, b, 2, K), the second of the mirror images.
+        """
+        count, (b, _, positions) = len(self.offset), patches[0].shape
+        step = min(positions, self.positions)
+        together = max(1, self.room.shape[1] // (step * count))
+        kind = torch.promote_types(self.offset.dtype, torch.float32)
+        out = self.offset.new_zeros(len(self.filters), b, 2, count, dtype=kind)
+        for image, position in itertools.product(range(0, b, together), range(0, positions, step)):
+            block = slice(image, image + together)
+            even, *odd = (part[block, :, position : position + step].mT for part in patches)
+            n, m, _ = even.shape
+            *responses, spare = self.room[:, : n * m * count].view(-1, n, m, count)
+            # One product an image, so that its features are the same in every batch.
+            torch.baddbmm(self.offset, even, self.filters[0].expand(n, -1, -1), out=responses[0])
+            if odd:
+                torch.bmm(odd[0], self.filters[1].expand(n, -1, -1), out=spare)
+                torch.sub(responses[0], spare, out=responses[1])
+                responses[0] += spare
+            for r, features in zip(responses, out, strict=True):
+                torch.clamp(r, -self.threshold, self.threshold, out=spare)
+                signed = r.sub_(spare).sum(1, dtype=kind)
+                total = r.abs_().sum(1, dtype=kind)
+                features[block] += torch.stack((total + signed, total - signed), 1)
+        return out
+
+
+def _limit(device: torch.device) -> int:
+    return _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
+
+
 @functools.cache
 def bfloat16_products(device: str) -> bool:
-    """Whether products of bfloat16 take less than half of the time of float32 here, found out at first use."""
-    # Slow where it is emulated; but small ones only measure how long a GPU takes to start.
+    """Whether products of bfloat16 take clearly less time than those of float32 here, found out at first use."""
+    # More would take long where they are emulated; less would only measure how long a GPU takes to start.
     size = 64 if device == "cpu" else 8192
     patches, filters = torch.ones(size, 128, device=device), torch.ones(128, 512, device=device)
     half_patches, half_filters = patches.bfloat16(), filters.bfloat16()
     try:
-        # An entry is waited for: a GPU returns before it has multiplied.
-        half = _seconds(lambda: (half_patches @ half_filters)[0, 0].cpu())
-        return half < 0.5 * _seconds(lambda: (patches @ filters)[0, 0].cpu())
+        with on_threads(1):
+            # An entry is waited for: a GPU returns before it has multiplied.
+            half = _seconds(lambda: (half_patches @ half_filters)[0, 0].cpu())
+            return half < 0.8 * _seconds(lambda: (patches @ filters)[0, 0].cpu())
     except RuntimeError:
         return False
-
-
-def _fitting(size: int, device: torch.device) -> int:
-    """How many things of so many bytes are handled at a time: what stays in the caches, or fills a GPU."""
-    return max(1, (_CPU_BYTES * torch.get_num_threads() if device.type == "cpu" else _GPU_BYTES) // size)
-
-
-def _respond(
-    patches: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    offset: Tensor,
-    threshold: float,
-    room: Tensor,
-    out: Sequence[Tensor],
-) -> None:
-    """Add mean |S| ± mean S, twice the two features, over the positions of a region to `out`, (b, 2, K) each.
-
-    Args:
-        patches: x̂, (b, C·s·s, positions); or its halves (u, v), for features of an image and of its mirror image.
-        matrices: a_j, (C·s·s, K); or its halves.
-        offset: −b_j, (K,).
-        room: for the responses of some images: once for each matrix, and once more.
-    """
-    positions, count = patches[0].shape[2], len(offset)
-    step = room.shape[1] // (positions * count)
-    for start in range(0, len(patches[0]), step):
-        some = slice(start, start + step)
-        even, *odd = (part[some].mT for part in patches)
-        size = len(even)
-        *responses, spare = room[:, : size * positions * count].view(-1, size, positions, count)
-        # One product an image, so that its features are the same in every batch.
-        torch.baddbmm(offset, even, matrices[0].expand(size, -1, -1), out=responses[0])
-        if odd:
-            torch.bmm(odd[0], matrices[1].expand(size, -1, -1), out=spare)
-            torch.sub(responses[0], spare, out=responses[1])
-            responses[0] += spare
-        for r, features in zip(responses, out, strict=True):
-            torch.clamp(r, -threshold, threshold, out=spare)
-            signed = r.sub_(spare).mean(1, dtype=features.dtype)
-            total = r.abs_().mean(1, dtype=features.dtype)
-            features[some] += torch.stack((total + signed, total - signed), 1)
 
 
 def _halves(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:

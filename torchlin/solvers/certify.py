@@ -35,6 +35,10 @@ class MovedFeatures(FeatureMatrix):
         self.standardization = to
         self._scale, self._shift = own.std / to.std, (own.mean - to.mean) / to.std
 
+    @property
+    def numbers(self) -> int:
+        return self.features.numbers
+
     def scores(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = weight.to(self._scale)
         offset = weight @ self._shift

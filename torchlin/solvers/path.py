@@ -245,6 +245,10 @@ class SharedGram(FeatureMatrix):
         self._last: tuple[Tensor, Tensor] | None = None
         self._kernel: Tensor | None = None
 
+    @property
+    def numbers(self) -> int:
+        return self.features.numbers
+
     def scores(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.features.scores(weight, bias)
 
@@ -253,6 +257,9 @@ class SharedGram(FeatureMatrix):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.features.rows(index)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.features.columns(index)
 
     def kernel(self) -> Tensor:
         if self._kernel is None:

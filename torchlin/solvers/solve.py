@@ -24,8 +24,14 @@ from torchlin.solvers.separable import run_unless_separable, separate
 from torchlin.solvers.smooth import lbfgs
 from torchlin.solvers.solution import NotConvergedError, Solution
 from torchlin.solvers.state import Point, Progress, Run
+from torchlin.solvers.working import working_set
 
 Method = Callable[[Run, Point], Point]
+
+# More features than these are not all looked at under an L1 penalty, which uses few of them.
+_MANY = 4096
+# A Gram matrix that costs as much as so many passes is left out: that of sparse features, mostly.
+_DEAR = 5000
 
 
 def solve(
@@ -50,8 +56,8 @@ def solve(
     """Minimise F(W, b) = (1/N) Σ s_i L_i + λR(W) until a dual bound proves that (F − F*)/max(F, 10⁻³F(0)) ≤ tol.
 
     Smooth losses × none or L2: L-BFGS preconditioned by the Gram matrix. Smooth losses with an L1 part: proximal
-    Newton. Hinge and Crammer–Singer × L2: the method of multipliers. Where p > n (and there is no L1 part) everything
-    happens in the span of the samples.
+    Newton, on a growing set of features where there are many. Hinge and Crammer–Singer × L2: the method of multipliers.
+    Where p > n (and there is no L1 part) everything happens in the span of the samples.
 
     Args:
         features: (n, p), see `FeatureMatrix.of`; or a `FeatureMatrix`, which keeps its standardisation.
@@ -147,13 +153,26 @@ def _method(run: Run, point: Point, weight: Tensor | None) -> Method:
     free = available_memory(run.features.device)
     if l1 == 0 and p > n and 48 * n * n <= free:
         return _in_span(run, weight)
+    if l1 > 0 and p > _MANY:
+        return lambda run, point: working_set(run, point, lambda inner, at: _direct(inner, at, weight))
+    return _direct(run, point, weight)
+
+
+def _direct(run: Run, point: Point, weight: Tensor | None) -> Method:
+    """The algorithm in the space of all features, with their Gram matrix where that can be had."""
+    n, p = run.features.shape
+    l1 = 0.0 if run.penalty is None else run.penalty.l1
     smooth = run.data.loss.smoothness(run.data.outputs) is not None
-    if 48 * p * p > free:
-        warnings.warn(
-            f"X̃ᵀX̃ is ({p}, {p}) and would take {24 * p * p / 2**30:.1f} GiB with its factors, but {free / 2**30:.1f} "
-            "GiB are free: solving without it, which takes more passes",
-            stacklevel=4,
-        )
+    free = available_memory(run.features.device)
+    # Multiplications for it and its factor, in units of those of a pass.
+    dear = (n + p) * p * p > _DEAR * 4 * run.features.numbers * run.data.outputs
+    if dear or 48 * p * p > free:
+        if not dear:
+            warnings.warn(
+                f"X̃ᵀX̃ is ({p}, {p}) and would take {24 * p * p / 2**30:.1f} GiB with its factors, but "
+                f"{free / 2**30:.1f} GiB are free: solving without it, which takes more passes",
+                stacklevel=5,
+            )
         if not smooth:
             return lambda run, point: multipliers(run, point, None)
         if l1 > 0:
