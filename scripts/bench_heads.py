@@ -2,9 +2,10 @@
 
     python scripts/bench_heads.py [--threads 2] [--rounds 9] [--steps 40]
 
-The sweep is that of DINOv2's linear probe: 13 learning rates for each of 4 sets of cached features of width 512, batches
-of 128, SGD with momentum 0.9. The loop does as DINOv2 does: 52 `nn.Linear`, the sum of 52 `F.cross_entropy`, one
-optimizer with 52 parameter groups. The two sides take turns, so that a machine whose speed drifts treats both alike.
+The sweep is that of DINOv2's linear probe: 13 learning rates for each of 4 sets of cached features of width 512,
+batches of 128, SGD with momentum 0.9. The loop does as DINOv2 does: 52 `nn.Linear`, the sum of 52 `F.cross_entropy`,
+one optimizer with 52 parameter groups. The two sides take turns, so that a machine whose speed drifts treats both
+alike.
 
 The loop's heads share no parameter, so each of them is trained alone; the last column is how far a head of the bank is
 from the loop's after as many steps from the same start, max |W − W'| / max |W'|, for the worst of the 52 heads.

@@ -36,8 +36,8 @@ from torchlin.storage import replace_file
 
 # What decides the result, and is kept in config.yaml beside the model and the data.
 KEYS = (
-    "backbone", "weights", "layer", "pooling", "select", "preprocess", "patches", "head", "recipe", "num", "ratio",
-    "folds", "criterion", "tol", "max_passes", "features", "image_batch",
+    "backbone", "weights", "layer", "pooling", "select", "preprocess", "patches", "flip", "head", "recipe", "num",
+    "ratio", "folds", "criterion", "tol", "max_passes", "features", "image_batch",
 )  # fmt: skip
 _MANY = 20  # classes beyond which only the worst are printed
 
@@ -72,11 +72,12 @@ class ProbeCLI(FullBatchCLI):
         add("--select", type=str | None, default=None, help="Key or place in an output that is a dict or a tuple.")
         add("--preprocess", type=dict[str, Any] | None, default=None, help="{resize, crop, mean, std, interpolation}.")
         add("--patches", type=int, default=1600, help="Of PatchFeatures.")
+        add("--flip", type=bool, default=True, help="PatchFeatures of an image and its mirror image are the same.")
         add("--head", type=Literal["solver", "sgd"], default="solver", help="Certified path of strengths, or SGD.")
         add("--recipe", type=Recipe, default=Recipe(), help="Of SGD.")
         add("--run", type=str | None, default=None, help="Run folder to write.")
-        add("--num", type=int, default=20, help="How many strengths.")
-        add("--ratio", type=float, default=1e-6, help="Smallest strength over the largest.")
+        add("--num", type=int, default=14, help="How many strengths.")
+        add("--ratio", type=float, default=3e-6, help="Smallest strength over the largest.")
         add("--folds", type=int | None, default=None, help="Choose by k-fold cross-validation.")
         add("--criterion", type=Literal["accuracy", "loss"], default="accuracy", help="Choose by this.")
         add("--tol", type=float, default=1e-4, help="Relative gap to certify.")
@@ -93,6 +94,7 @@ class ProbeCLI(FullBatchCLI):
         self.backbone = load_backbone(
             options.backbone, weights=options.weights, layer=options.layer, pooling=options.pooling,
             select=options.select, preprocess=options.preprocess, patches=options.patches,
+            flip=options.flip,
             seed=int(options.seed_everything or 0),
         )  # fmt: skip
         preprocess = self.backbone.preprocess

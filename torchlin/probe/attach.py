@@ -99,7 +99,7 @@ def load_probe(folder: str | os.PathLike[str]) -> ProbedModel:
     backbone = load_backbone(
         source["name"], weights=source["weights"], layer=known["layer"], pooling=known["pooling"],
         select=known["select"], preprocess=known["preprocess"], patches=source.get("patches", 1600),
-        seed=source["seed"],
+        flip=source.get("flip", True), seed=source["seed"],
     )  # fmt: skip
     if (path / BACKBONE_FILE).is_file():
         backbone.reader.network.load_state_dict(load_file(path / BACKBONE_FILE))

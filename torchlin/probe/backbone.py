@@ -247,6 +247,7 @@ def load_backbone(
     select: str | int | None = None,
     preprocess: Preprocess | Mapping[str, Any] | None = None,
     patches: int = 1600,
+    flip: bool = True,
     seed: int = 0,
 ) -> Backbone:
     """A frozen backbone by name.
@@ -261,7 +262,7 @@ def load_backbone(
             timm's classifiers, and for the output of other modules.
         pooling, select: see `Reader`.
         preprocess: by default that of the weights; needed where they are random or come from a checkpoint.
-        patches: of PatchFeatures.
+        patches, flip: of PatchFeatures.
         seed: of random weights, and of PatchFeatures.
 
     Raises:
@@ -275,8 +276,8 @@ def load_backbone(
     if name == PATCHES:
         if weights is not None or layer is not None:
             raise ValueError(f"{PATCHES} is learned from the images: it takes neither weights nor layer")
-        network: nn.Module = PatchFeatures(patches, seed=seed)
-        return Backbone(network, preprocess, name=PATCHES, source={**source, "patches": patches})
+        network: nn.Module = PatchFeatures(patches, flip=flip, seed=seed)
+        return Backbone(network, preprocess, name=PATCHES, source={**source, "patches": patches, "flip": flip})
     with _seeded(seed):
         if name.startswith("timm/"):
             network, own = _timm(name.removeprefix("timm/"), weights, headless=layer is None)

@@ -110,7 +110,7 @@ class LinearProbe:
 
     Args:
         backbone: a `Backbone`; or its name, to which the options of `load_backbone` may be added.
-        weights, layer, pooling, select, preprocess, patches: see `load_backbone`; only with a name.
+        weights, layer, pooling, select, preprocess, patches, flip: see `load_backbone`; only with a name.
         method: "solver" solves the convex problem along a path of λ, each certified; "sgd" trains a `HeadBank`, one
             head for each learning rate (and λ) of `recipe`.
         loss: a loss or its name.
@@ -139,13 +139,14 @@ class LinearProbe:
         select: str | int | None = None,
         preprocess: Any = None,
         patches: int = 1600,
+        flip: bool = True,
         method: Method = "solver",
         loss: Loss | str = "softmax",
         class_weight: Sequence[float] | Literal["balanced"] | None = None,
         penalty: Callable[[float], Penalty] = L2,
         strengths: Sequence[float] | None = None,
-        num: int = 20,
-        ratio: float = 1e-6,
+        num: int = 14,
+        ratio: float = 3e-6,
         folds: int | None = None,
         criterion: Criterion = "accuracy",
         tol: float = 1e-4,
@@ -165,7 +166,7 @@ class LinearProbe:
         if isinstance(backbone, str):
             backbone = load_backbone(
                 backbone, weights=weights, layer=layer, pooling=pooling, select=select, preprocess=preprocess,
-                patches=patches, seed=seed,
+                patches=patches, flip=flip, seed=seed,
             )  # fmt: skip
         elif not isinstance(backbone, Backbone):
             made = "torchlin.Backbone(network, preprocess)"

@@ -71,9 +71,8 @@ def gram_inverse(gram: Tensor, curvature: float, ridge: float) -> Preconditioner
     """
     # A preconditioner need not be exact: float32 serves, in half the time, unless rounding would reach its smallest
     # eigenvalue, which is at least r.
-    hessian = gram.double() * curvature
-    if float(hessian.diagonal().sum()) < _FLOAT32 * ridge:
-        hessian = hessian.float()
+    small = curvature * float(gram.diagonal().sum()) < _FLOAT32 * ridge
+    hessian = gram.to(torch.float32 if small else torch.float64, copy=True).mul_(curvature)
     diagonal = hessian.diagonal()
     # Duplicated or constant features leave the Gram singular; where λ = 0 something must hold them.
     jitter = max(ridge, 1e-9 * float(diagonal.mean()), 1e-300)
