@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -409,3 +410,21 @@ def test_digits_are_images_too(tmp_path: Path) -> None:
     network = load_backbone("PatchFeatures", patches=8)
     result = LinearProbe(network, num=3, cache_dir=str(tmp_path), tol=1e-3).fit(DigitsDataModule())
     assert result.metrics["test_accuracy"] > 0.9
+
+
+def test_the_benchmark_of_probes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "bench_probe.py"
+    monkeypatch.syspath_prepend(script.parent)
+    counts = {f"{split}/{name}": 12 for split in ("train", "test") for name in NAMES[:3]}
+    root = write_photos(tmp_path / "photos", counts, (32, 32))
+    words = ["--root", str(root), "--threads", "1", "--patches", "4", "--path-patches", "4", "--num", "5"]
+    monkeypatch.setattr("sys.argv", [str(script), *words, "--iterations", "20"])
+    runpy.run_path(str(script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "torchlin, every gap at most" in out
+    assert out.count("| scikit-learn, C = ") == 5
+    assert "| test accuracy, 36 images |" in out
+    monkeypatch.setattr("sys.argv", [str(script), "paths", "--root", str(root)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "unknown part 'paths'; known: path, accuracy" in capsys.readouterr().err

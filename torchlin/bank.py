@@ -246,7 +246,7 @@ class HeadBank(nn.Module):
         return self.names.index(name)
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        return {"heads": self._told}
+        return {"heads": list(self._told)}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         """Compare whose state it is: weights are never loaded as those of other heads.
