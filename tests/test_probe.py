@@ -284,7 +284,7 @@ def test_an_image_with_features_that_are_no_numbers_is_named(tmp_path: Path) -> 
 
 
 def test_probe_and_predict_from_the_command_line(run: Run, photos: Path, tmp_path: Path) -> None:
-    words = ("--backbone", "PatchFeatures", "--patches", "60", "--data.root", photos, "--num", "6")
+    words = ("--backbone", "PatchFeatures", "--patches", "60", "--flip", "false", "--data.root", photos, "--num", "6")
     made = run("probe", *words)
     assert made.code == 0, made.err
     assert "chosen on 12 validation samples" in made.out
