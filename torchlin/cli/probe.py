@@ -80,7 +80,7 @@ class ProbeCLI(FullBatchCLI):
         add("--ratio", type=float, default=3e-6, help="Smallest strength over the largest.")
         add("--folds", type=int | None, default=None, help="Choose by k-fold cross-validation.")
         add("--criterion", type=Literal["accuracy", "loss"], default="accuracy", help="Choose by this.")
-        add("--tol", type=float, default=1e-4, help="Relative gap to certify.")
+        add("--tol", type=float, default=1e-3, help="Relative gap to certify.")
         add("--max_passes", type=float, default=1000.0, help="Passes over the features for one strength.")
         add("--features", type=Literal["float32", "bfloat16"], default="float32", help="Precision in the cache.")
         add("--image_batch", type=int, default=256, help="Images per call of the backbone.")

@@ -149,7 +149,7 @@ class LinearProbe:
         ratio: float = 3e-6,
         folds: int | None = None,
         criterion: Criterion = "accuracy",
-        tol: float = 1e-4,
+        tol: float = 1e-3,
         max_passes: float = 1000,
         recipe: Recipe | None = None,
         batch_size: int = 256,
