@@ -134,6 +134,7 @@ def train_bank(
     grid = [(rate * scale, strength) for strength in recipe.strengths for rate in recipe.learning_rates]
     bank, standardization = _train(x, y, kept, loss, penalty, recipe, grid, num_classes, "heads", report)
     accuracy, values = _validate(bank, x, y, held, loss, standardization)
+    lost = len(bank.diverged)  # asked first: weights that became infinite at the last steps count too
     alive = bank.alive
     best = int(torch.where(alive, accuracy, -1.0).argmax())
     rate, strength = grid[best]
@@ -146,7 +147,6 @@ def train_bank(
         }
         for i, (r, s) in enumerate(grid)
     ]  # fmt: skip
-    lost = int((~alive).sum())
     told = f"learning rate {rate:.3g}" + (f", strength {strength:.3g}" if len(recipe.strengths) > 1 else "")
     told += f", {best + 1} of {len(grid)} heads" + (f", of which {lost} diverged" if lost else "")
     return Found(
