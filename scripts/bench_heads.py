@@ -8,8 +8,8 @@ one optimizer with 52 parameter groups. The two sides take turns, so that a mach
 alike.
 
 The loop's heads share no parameter, so each of them is trained alone; the last column is how far a head of the bank is
-from the loop's after as many steps from the same start, max |W − W'| / max |W'|, for the worst of the 52 heads. At
-most 1e-5 is promised.
+from the loop's after as many steps from the same start, max |W − W'| / max |W'|, for the worst of the 52 heads. At most
+1e-5 is promised.
 """
 
 from __future__ import annotations
